@@ -1,0 +1,44 @@
+"""Block coordinate descent for PyTorch Lightning."""
+
+from lightning_bcd.blocks import LayerBlock, create_blocks_from_model, describe_blocks
+from lightning_bcd.callback import BCDCallback
+from lightning_bcd.comparison import compare_training_methods
+from lightning_bcd.compiling import compile_blocks
+from lightning_bcd.coordinator import BlockCoordinateDescentCoordinator
+from lightning_bcd.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, full_batch
+from lightning_bcd.memory import estimate_memory
+from lightning_bcd.models import MLPClassifier
+from lightning_bcd.module import BCDMixin, BCDModule
+from lightning_bcd.optim.block import BlockOptimizer
+from lightning_bcd.scored_strategy import GreedyStrategy, ImportanceStrategy, ScoredStrategy
+from lightning_bcd.strategy import BCDStrategy, CyclicStrategy, RandomStrategy
+from lightning_bcd.tracking import BlockLossTracker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BCDCallback",
+    "BCDMixin",
+    "BCDModule",
+    "BCDStrategy",
+    "BlockCoordinateDescentCoordinator",
+    "BlockLossTracker",
+    "BlockOptimizer",
+    "CyclicStrategy",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "GreedyStrategy",
+    "ImportanceStrategy",
+    "LayerBlock",
+    "MLPClassifier",
+    "MNISTDataModule",
+    "RandomStrategy",
+    "ScoredStrategy",
+    "__version__",
+    "compare_training_methods",
+    "compile_blocks",
+    "create_blocks_from_model",
+    "describe_blocks",
+    "estimate_memory",
+    "full_batch",
+]

@@ -1,0 +1,1 @@
+"""Several processes: all-reduce of the active block only."""

@@ -1,0 +1,99 @@
+"""Every file in examples/ runs: scripts as a user would run them, in a fresh process and another folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_bcd.cli import main
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+
+# File -> arguments for a short run, and what its output must contain (a regular expression).
+SCRIPTS = {
+    "quickstart.py": (["--epochs", "3"], "test_acc"),
+    "custom_strategy.py": (["--epochs", "1"], r"net\.hidden2: 65792 parameters, \d+ visits"),
+    "per_block_optimizers.py": (["--epochs", "3"], r"net\.hidden1: Adam\nnet\.hidden2: Adam\nnet\.output: SGD"),
+    "manual_bcd.py": (["--epochs", "2"], r"\{'net\.0': \d\.\d+, 'net\.2': \d\.\d+, 'net\.4': \d\.\d+\}"),
+    "plain_pytorch.py": (["--epochs", "2", "--plot", "blocks.png"], r"test accuracy: 0\.[89]"),
+    "mnist_mlp.py": (
+        ["--data-dir", str(MNIST), "--epochs", "1", "--limit-batches", "8", "--steps-per-block", "2"],
+        r"BCD with Adam +8 .*0\.\d+\n(.|\n)*Adam +8 .*0\.\d+",
+    ),
+    "finetune_causal_lm.py": (["--steps", "40", "--length", "32"], r"eval loss: 5\.\d+ before"),
+}
+BENCHMARKS = {
+    "memory_and_time.py": (
+        ["--size", "mlp", "--precision", "bf16", "--rows", "full", "in-backward", "--rounds", "1"],
+        r"step in backward (\| [\d.]+ / [\d.]+ ){2}",
+    ),
+    "finetune_task.py": (
+        ["--rows", "full", "random", "random+expand", "--seeds", "1", "--steps", "24", "--steps-per-block", "2"],
+        r"BCD, random, expand=sgd \| \d\.\d+ \| \d\.\d+",
+    ),
+    "ddp_traffic.py": (["--rows", "bcd"], r"gradient bytes of the active block: True"),
+    "prefix_cache.py": (["--rounds", "1", "--inner-steps", "2"], r"speed-up"),
+}
+CONFIGS = ["digits.yaml", "greedy.yaml", "manual.yaml"]
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+    assert {path.name for path in (EXAMPLES / "configs").iterdir()} == set(CONFIGS)
+
+
+def run(script, arguments):
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_runs_and_prints_its_table(name):
+    arguments, result = BENCHMARKS[name]
+    finished = run(EXAMPLES / "benchmarks" / name, arguments)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert re.search(result, finished.stdout), finished.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example_runs_and_prints_its_result(name, tmp_path):
+    if name == "mnist_mlp.py" and not MNIST.is_dir():
+        pytest.skip("no MNIST files in ../shared/data/mnist")
+    if name == "finetune_causal_lm.py":
+        pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    arguments, result = SCRIPTS[name]
+    finished = run(EXAMPLES / name, arguments)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert re.search(result, finished.stdout)
+    if "--plot" in arguments:
+        assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_trains_and_saves_itself(name, tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse", reason="the extra `cli` is not installed")
+    monkeypatch.syspath_prepend(str(ROOT))
+    small = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", str(EXAMPLES / "configs" / name), *small]) == 0
+    logs = tmp_path / "lightning_logs" / "version_0"
+    given, saved = (yaml.safe_load(path.read_text()) for path in (EXAMPLES / "configs" / name, logs / "config.yaml"))
+    assert saved["model"]["init_args"].items() >= given["model"]["init_args"].items()
+    assert list(logs.glob("checkpoints/*.ckpt"))
+
+
+def test_quickstart_is_short():
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 20
