@@ -1,0 +1,1 @@
+"""Lifted block coordinate descent: activations become variables, sub-problems are solved exactly."""

@@ -1,0 +1,259 @@
+"""What a lifted algorithm is: initialise auxiliary variables, sweep over them, report the objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_bcd.lifted.chain import Chain
+from lightning_bcd.lifted.initialisation import INITS, initialise
+from lightning_bcd.prox.losses import Loss
+
+#: Rows per chunk when none is given: what fits the cache of a CPU, and what fills a GPU.
+CHUNK_CPU, CHUNK_CUDA = 2048, 16384
+#: A number, one number per layer, or a function of the sweep (0, 1, …) that returns either.
+Schedule = float | Sequence[float] | Callable[[int], float | Sequence[float]]
+
+
+class Communicator(Protocol):
+    """Adds sums over samples up over the processes that share them."""
+
+    size: int
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over all processes."""
+
+
+class Alone:
+    """The communicator of one process."""
+
+    size = 1
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Leave the tensors as they are."""
+
+
+@dataclass
+class LiftedState:
+    """Auxiliary variables of a batch, one tensor per stage, and where a run stands.
+
+    Attributes:
+        x: Input, N × …
+        y: Encoded targets, N × outputs.
+        variables: Name ("v", "u") → one tensor per stage, rows = samples, in their storage dtype and place.
+        samples: Number of samples over all processes.
+        sweep: Sweeps done.
+        cache: Sums that do not change between sweeps (the Gram matrix of the input).
+    """
+
+    x: Tensor
+    y: Tensor
+    variables: dict[str, list[Tensor]]
+    samples: int
+    sweep: int = 0
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, chunk_size: int) -> Iterator[slice]:
+        """Yield slices that cover the rows."""
+        for start in range(0, len(self.x), chunk_size):
+            yield slice(start, min(start + chunk_size, len(self.x)))
+
+    def read(self, name: str, layer: int, rows: slice) -> Tensor:
+        """Rows of a variable in the dtype and on the device of the input; layer −1 of "v" is the input itself."""
+        if name == "v" and layer < 0:
+            return self.x[rows]
+        return self.variables[name][layer][rows].to(self.x.device, self.x.dtype, non_blocking=True)
+
+    def write(self, name: str, layer: int, rows: slice, value: Tensor) -> Tensor:
+        """Store rows of a variable and return them as they will be read again."""
+        stored = self.variables[name][layer]
+        stored[rows].copy_(value, non_blocking=True)
+        return value if stored.dtype == value.dtype else value.to(stored.dtype).to(value.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the auxiliary variables."""
+        return sum(t.numel() * t.element_size() for tensors in self.variables.values() for t in tensors)
+
+
+@dataclass
+class Report:
+    """Terms of the objective at the end of a sweep, float64 scalars on the device.
+
+    Attributes:
+        data_fit: κ R(V_L; Y).
+        coupling: Per stage, the γ terms (activation).
+        linear: Per stage, the ρ terms (pre-activation); zero for algorithms that have none.
+        penalty: Per stage, r(W) + s(V).
+        residuals: Name → per stage, root mean square of a constraint's violation.
+    """
+
+    data_fit: Tensor
+    coupling: list[Tensor]
+    linear: list[Tensor]
+    penalty: list[Tensor]
+    residuals: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> Tensor:
+        """The sum of all terms."""
+        return self.data_fit + torch.stack([*self.coupling, *self.linear, *self.penalty]).sum()
+
+    def largest_rise(self, before: Report) -> tuple[int, str]:
+        """Stage and name of the term that grew most since an earlier report."""
+        rises = {(len(self.coupling) - 1, "loss"): float(self.data_fit - before.data_fit)}
+        for name in ("coupling", "linear", "penalty"):
+            for layer, (new, old) in enumerate(zip(getattr(self, name), getattr(before, name), strict=True)):
+                rises[layer, name] = float(new - old)
+        return max(rises, key=lambda key: rises[key])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiftedAlgorithm(ABC):
+    """A block coordinate descent over weights and auxiliary variables of a chain.
+
+    An algorithm holds hyperparameters only; what changes is in the `LiftedState` and in the weights of the network.
+    In a plain loop: `check`, `initialise`, `start`, then `sweep` as often as wanted. `LiftedModule` does it for a
+    Trainer.
+
+    Args:
+        init: How `initialise` sets the weights: `"identity"`, `"orthogonal"`, `"he"` or `"reference"`, see
+            `initialise`; None leaves them as they are.
+        chunk_size: Rows per chunk of a layer's update: results differ by rounding only. Chosen by device if None.
+        storage_dtype: Precision the auxiliary variables are kept in, e.g. `"bfloat16"`; that of the input if None.
+        offload: Keep auxiliary variables in host memory and bring in one chunk at a time.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    init: Literal["identity", "orthogonal", "he", "reference"] | None = None
+    chunk_size: int | None = None
+    storage_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("init", self.init, [None, *INITS])
+        check_choice("storage_dtype", self.storage_dtype, [None, "float32", "float64", "bfloat16", "float16"])
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"Expected argument `chunk_size` to be at least 1, but got {self.chunk_size}. Use None.")
+
+    @property
+    @abstractmethod
+    def descends(self) -> bool:
+        """Whether the objective can never rise with these hyperparameters."""
+
+    @abstractmethod
+    def check(self, chain: Chain, loss: Loss) -> None:
+        """Raise a ValueError if the chain, the loss or the number of hyperparameters does not suit the algorithm."""
+
+    @abstractmethod
+    def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
+        """Update every block once and report the objective after it."""
+
+    @abstractmethod
+    def objective(self, chain: Chain, state: LiftedState, loss: Loss) -> Tensor:
+        """The objective of this process's samples, computed from its definition."""
+
+    @abstractmethod
+    def variables(self, chain: Chain, x: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield per stage the auxiliary variables (name → tensor) that rows of the input start with."""
+
+    def scale_targets(self, y: Tensor) -> Tensor:
+        """The targets that the sub-problems use."""
+        return y
+
+    def initialise(self, chain: Chain) -> None:
+        """Set the weights as `init` says."""
+        if self.init is not None:
+            initialise(chain, self.init)
+
+    def rows_per_chunk(self, x: Tensor) -> int:
+        """Rows that are updated together."""
+        return self.chunk_size or (CHUNK_CUDA if x.is_cuda else CHUNK_CPU)
+
+    def bytes_per_sample(self, chain: Chain, x: Tensor) -> int:
+        """Bytes of auxiliary variables per sample."""
+        with precise(x.device):
+            numbers = sum(t.numel() for stage in self.variables(chain, x[:1]) for t in stage.values())
+        return numbers * self._storage(x).itemsize
+
+    def start(self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator) -> LiftedState:
+        """Initialise the auxiliary variables of a batch from the weights as they are.
+
+        Args:
+            chain: The chain.
+            x: Input, N × …
+            y: Encoded targets, N × outputs.
+            comm: The processes that share the samples.
+        """
+        count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        comm.sum([count])
+        state = LiftedState(x, self.scale_targets(y), {}, samples=int(count))
+        device = torch.device("cpu") if self.offload else x.device
+        with precise(x.device):
+            for rows in state.rows(self.rows_per_chunk(x)):
+                for layer, stage in enumerate(self.variables(chain, x[rows])):
+                    for name, value in stage.items():
+                        tensors = state.variables.setdefault(name, [])
+                        if len(tensors) <= layer:
+                            shape = (len(x), *value.shape[1:])
+                            pinned = self.offload and x.is_cuda
+                            tensors.append(torch.empty(shape, dtype=self._storage(x), device=device, pin_memory=pinned))
+                        tensors[layer][rows].copy_(value)
+        return state
+
+    def _storage(self, x: Tensor) -> torch.dtype:
+        return getattr(torch, self.storage_dtype) if self.storage_dtype else x.dtype
+
+
+@contextmanager
+def precise(device: torch.device) -> Iterator[None]:
+    """Without gradients, autocast or reduced precision (TF32, bfloat16) inside float32 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def per_layer(name: str, value: Schedule, sweep: int, depth: int) -> list[float]:
+    """Return one number per stage of a schedule.
+
+    Raises:
+        ValueError: If there is another number of them, or one is negative or not finite.
+    """
+    now: Any = value(sweep) if callable(value) else value
+    values = [float(now)] * depth if isinstance(now, int | float) else [float(v) for v in now]
+    if len(values) != depth:
+        raise ValueError(
+            f"Expected argument `{name}` to be one number or {depth}, one per stage, but got {len(values)}. Give one "
+            "per linear module, the last layer included."
+        )
+    # `not >=` also catches NaN.
+    if any(not 0 <= v < float("inf") for v in values):
+        raise ValueError(f"Expected argument `{name}` to be finite and not negative, but got {values}.")
+    return values
+
+
+def positive(name: str, values: Sequence[float]) -> None:
+    """Raise a ValueError that names the argument unless all values are above zero."""
+    if min(values) <= 0:
+        raise ValueError(
+            f"Expected argument `{name}` to be positive, but got {min(values)}. At 0 its term would vanish and the "
+            "sub-problem would have no unique solution; use a small positive number."
+        )
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise a ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"Expected argument `{name}` to be one of {list(allowed)}, but got {value!r}. Choose one.")

@@ -1,0 +1,343 @@
+"""LiftedModule: the Lightning side of every lifted algorithm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_bcd.compatibility import as_misconfiguration
+from lightning_bcd.distributed.all_reduce import AllReduce
+from lightning_bcd.distributed.block_sync import broadcast_tensors
+from lightning_bcd.lifted.algorithm import Alone, Communicator, LiftedAlgorithm, LiftedState, Report, precise
+from lightning_bcd.lifted.batch import Fingerprint, check_batch, check_memory
+from lightning_bcd.lifted.chain import Chain
+from lightning_bcd.prox.losses import Loss, resolve_loss
+
+#: A rise of the objective beyond this share of it is not rounding.
+RISE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+class SweepOptimizer(torch.optim.Optimizer):
+    """Runs a sweep as its step, so that `trainer.global_step` counts sweeps. It reads no gradients."""
+
+    #: The gradient scaler of 16-mixed precision leaves scaling to optimizers that say so; there is nothing to scale.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Call the closure."""
+        return None if closure is None else closure()
+
+
+class LiftedModule(LightningModule):
+    """A network trained by a lifted algorithm; validated, tested and used by a plain forward pass.
+
+    One training batch is one sweep. With one batch per epoch, see `full_batch`, the auxiliary variables persist from
+    sweep to sweep: the algorithm of the papers. With mini-batches they are initialised by a forward pass for each
+    batch, and the proximal terms hold the weights together (online mode). `trainer.global_step` counts sweeps.
+
+    Logged once per epoch: `lifted/objective`, `lifted/data_fit`, per stage `lifted/penalty/<stage>` (all its terms),
+    `lifted/residual/<stage>` (root mean square of U − P) and `lifted/activation_residual/<stage>` (of V − σ(U));
+    `val_loss`, `val_acc`, `test_loss`, `test_acc` (accuracies with class labels only).
+
+    Args:
+        network: `nn.Sequential` of linear modules, activations and `Residual`, see `Chain`. Its parameters are trained
+            in place: afterwards it is an ordinary network.
+        algorithm: `ThreeSplitting()`, `TwoSplitting()`, `ResidualSplitting()`, or another `LiftedAlgorithm`.
+        loss: `"squared"`, `"cross_entropy"`, `"hinge"`, `"logistic"`, or a `Loss`.
+        persist: Keep the auxiliary variables between sweeps. `"auto"`: exactly with one training batch per epoch.
+        save_auxiliary: Put the auxiliary variables into checkpoints: a resumed run then continues exactly. Without
+            them it starts again from a forward pass.
+        log_train_accuracy: Log `train_acc` after every sweep, by a forward pass over the training batch.
+
+    Attributes:
+        network: The network.
+        report: Terms of the objective after the last sweep, float64.
+        sweeps: Sweeps done so far.
+
+    Raises:
+        ValueError: If the network cannot be lifted, or the algorithm's arguments do not suit it.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_bcd import LiftedModule, ThreeSplitting
+        >>> network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> model = LiftedModule(network, ThreeSplitting(gamma=1.0, rho=1.0, alpha=5.0), loss="squared")
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        algorithm: LiftedAlgorithm,
+        loss: str | Loss = "squared",
+        *,
+        persist: Literal["auto"] | bool = "auto",
+        save_auxiliary: bool = False,
+        log_train_accuracy: bool = False,
+    ) -> None:
+        super().__init__()
+        if persist not in ("auto", True, False):
+            raise ValueError(f"Expected argument `persist` to be 'auto', True or False, but got {persist!r}.")
+        self.chain = Chain(network)
+        algorithm.check(self.chain)
+        self.network = network
+        self.algorithm = algorithm
+        self.loss = resolve_loss(loss)
+        self.persist = persist
+        self.save_auxiliary = save_auxiliary
+        self.log_train_accuracy = log_train_accuracy
+        self.num_outputs = self.chain[-1].weight.shape[0]
+        self.accuracies = nn.ModuleDict(
+            {
+                stage: MulticlassAccuracy(self.num_outputs, average="micro")
+                for stage in ("train", "val", "test")
+                if self.num_outputs > 1
+            }
+        )
+        self.report: Report | None = None
+        self.sweeps = 0
+        self._state: LiftedState | None = None
+        self._saved: dict[str, Any] | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._comm: Communicator = Alone()
+        self._warned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the network, N × outputs."""
+        out: Tensor = self.network(x)
+        return out
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer whose steps are sweeps."""
+        return SweepOptimizer(self.network.parameters())
+
+    # -- training -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the place of DistributedDataParallel, which has no gradients to average here."""
+        strategy = self.trainer.strategy
+        if stage != "fit":
+            return
+        if isinstance(strategy, DDPStrategy):
+            strategy.configure_ddp = self._equalise  # type: ignore[method-assign]
+        elif not isinstance(strategy, SingleDeviceStrategy):
+            raise MisconfigurationException(
+                f"Expected Trainer argument `strategy` to be 'auto' or 'ddp' with LiftedModule, but got "
+                f"{type(strategy).__name__}. Samples are shared among processes; weights are not cut in pieces."
+            )
+        if any(p.dtype not in RISE for p in self.network.parameters()):
+            raise MisconfigurationException(
+                "Expected weights in float32 or float64 with LiftedModule, but the Trainer's `precision` makes them "
+                "half. Use precision='32-true' and ThreeSplitting(storage_dtype='bfloat16') to save memory."
+            )
+
+    def _equalise(self) -> None:
+        broadcast_tensors(self.network)
+
+    def on_train_start(self) -> None:
+        """Decide whether auxiliary variables persist."""
+        batches = self.trainer.num_training_batches
+        if self.persist is True and batches != 1:
+            raise MisconfigurationException(
+                f"Expected one training batch per epoch with persist=True, but got {batches}: auxiliary variables belong "
+                "to fixed samples. Use full_batch(train_set), or persist='auto' for the online mode."
+            )
+        self._comm = AllReduce() if self.trainer.world_size > 1 else Alone()
+
+    @property
+    def _persistent(self) -> bool:
+        return self.trainer.num_training_batches == 1 if self.persist == "auto" else self.persist
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Sweep once over the batch."""
+        state = self._state_for(batch)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        before = self.report
+        optimizer.step(closure=lambda: self._sweep(state))
+        report = self.report
+        assert report is not None
+        self._check_objective(before, report)
+        self._log_report(report, len(state.x))
+        if self.log_train_accuracy:
+            self._log_train_accuracy(batch)
+        return {"loss": report.objective}
+
+    def _sweep(self, state: LiftedState) -> None:
+        self.report = self.algorithm.sweep(self.chain, state, self.loss, self._comm)
+        self.sweeps += 1
+
+    def _state_for(self, batch: Any) -> LiftedState:
+        """The state of this batch: the one of the last sweep if it persists, else a new one."""
+        persistent = self._persistent
+        if persistent and self._state is not None:
+            with as_misconfiguration():
+                assert self._fingerprint is not None
+                self._fingerprint.check(batch)
+            state = self._state
+            state.x, state.y = self._inputs(batch, check=False)
+            for name, tensors in state.variables.items():
+                if not getattr(self.algorithm, "offload", False):
+                    state.variables[name] = [getattr(self, f"auxiliary_{name}_{i}") for i in range(len(tensors))]
+            return state
+        x, y = self._inputs(batch, check=True)
+        fresh = self.sweeps == 0
+        if persistent:
+            check_memory(self.algorithm.bytes_per_sample(self.chain, x) * len(x), x.device)
+        with precise(x.device):
+            start = self.algorithm.start if fresh else self.algorithm.restart
+            state = start(self.chain, x, y, self.loss, self._comm)
+            if fresh and self._comm.size > 1 and getattr(self.algorithm, "init", None):
+                # Random weights of rank 0 for all, and the auxiliary variables that belong to them.
+                broadcast_tensors(self.network)
+                state = self.algorithm.restart(self.chain, x, y, self.loss, self._comm)
+        state.sweep = self.sweeps
+        if persistent:
+            self._keep(batch, state)
+        return state
+
+    def _inputs(self, batch: Any, *, check: bool) -> tuple[Tensor, Tensor]:
+        with as_misconfiguration():
+            x, y = check_batch(batch, self.chain, self.num_outputs, self.loss, values=check)
+        return x, y
+
+    def _keep(self, batch: Any, state: LiftedState) -> None:
+        self._fingerprint = Fingerprint(batch)
+        if self._saved is not None:
+            self._restore(self._saved, state)
+            self._saved = None
+        self._state = state
+        if getattr(self.algorithm, "offload", False):
+            return
+        for name, tensors in state.variables.items():
+            for index, tensor in enumerate(tensors):
+                self.register_buffer(f"auxiliary_{name}_{index}", tensor, persistent=False)
+
+    def _check_objective(self, before: Report | None, after: Report) -> None:
+        value = float(after.objective)
+        if not math.isfinite(value):
+            raise MisconfigurationException(
+                f"The objective is {value} after sweep {self.sweeps}. Check that the data is finite and of moderate "
+                "size, or use a larger `alpha`."
+            )
+        if before is None or not self._persistent or not self.algorithm.descends or self._warned:
+            return
+        dtype = next(self.network.parameters()).dtype
+        rise = value - float(before.objective)
+        if rise > RISE[dtype] * abs(float(before.objective)):
+            self._warned = True
+            layer, term = after.largest_rise(before)
+            name = self.chain[layer].name if layer is not None else "output"
+            rank_zero_warn(
+                f"The objective rose by {rise:.3g} to {value:.6g} in sweep {self.sweeps}, most in the {term} term of "
+                f"stage '{name}'. With exact sub-problems it cannot: use a larger `alpha`, or float64."
+            )
+
+    # -- logging ------------------------------------------------------------------------------------------
+
+    def _log_report(self, report: Report, samples: int) -> None:
+        values = {"lifted/objective": report.objective, "lifted/data_fit": report.data_fit}
+        for index, stage in enumerate(self.chain):
+            values[f"lifted/penalty/{stage.name}"] = (
+                report.coupling[index] + report.linear[index] + report.penalty[index]
+            )
+            for name, residuals in report.residuals.items():
+                key = "residual" if name == "linear" else f"{name}_residual"
+                values[f"lifted/{key}/{stage.name}"] = residuals[index]
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": samples}
+        # The report is summed over the processes already; the flag only keeps Lightning quiet.
+        options["sync_dist"] = self._comm.size > 1
+        self.log("lifted/objective", values.pop("lifted/objective"), prog_bar=True, **options)
+        self.log_dict(values, **options)
+
+    def _log_train_accuracy(self, batch: Any) -> None:
+        x, y = batch
+        if "train" not in self.accuracies or y.is_floating_point():
+            return
+        accuracy = self.accuracies["train"]
+        with precise(x.device):
+            for rows, labels in zip(x.split(4096), y.split(4096), strict=True):
+                accuracy.update(self.network(rows), labels)
+        self.log("train_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log `val_loss` (mean per sample) and `val_acc`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log `test_loss` and `test_acc`."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        outputs = self(batch[0])
+        targets = batch[1]
+        with as_misconfiguration():
+            _, encoded = check_batch(batch, self.chain, self.num_outputs, self.loss, values=False)
+        count = len(outputs)
+        loss = self.loss.value(outputs.to(encoded.dtype), encoded) / count
+        self.log(f"{stage}_loss", loss, batch_size=count, sync_dist=self.trainer.world_size > 1)
+        if stage in self.accuracies and not targets.is_floating_point():
+            self.accuracies[stage](outputs, targets)
+            self.log(f"{stage}_acc", self.accuracies[stage], prog_bar=True, batch_size=count)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the outputs of the network, N × outputs; the batch may come with or without targets."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])  # type: ignore[no-any-return]
+
+    # -- checkpoints --------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the number of sweeps and, with `save_auxiliary`, the auxiliary variables of all processes."""
+        saved: dict[str, Any] = {"version": 1, "sweeps": self.sweeps}
+        if self.save_auxiliary and self._state is not None:
+            variables = {name: [self._gather(t) for t in ts] for name, ts in self._current_variables().items()}
+            saved |= {"variables": variables, "cache": {k: t.cpu() for k, t in self._state.cache.items()}}
+            assert self._fingerprint is not None
+            saved["fingerprint"] = self._gather(self._fingerprint.value)
+        checkpoint["lifted"] = saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back; the auxiliary variables wait for the training batch."""
+        saved = checkpoint.get("lifted")
+        if saved is None:
+            return
+        self.sweeps = saved["sweeps"]
+        self._state = None
+        if "variables" in saved:
+            self._saved = saved
+        elif self.sweeps and self.persist is not False:
+            rank_zero_info("The checkpoint has no auxiliary variables: they start from a forward pass.")
+
+    def _current_variables(self) -> dict[str, list[Tensor]]:
+        assert self._state is not None
+        if getattr(self.algorithm, "offload", False):
+            return self._state.variables
+        return {
+            name: [getattr(self, f"auxiliary_{name}_{i}") for i in range(len(tensors))]
+            for name, tensors in self._state.variables.items()
+        }
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all processes, on the host."""
+        if self._comm.size == 1:
+            return tensor.detach().cpu()
+        parts: list[Any] = [None] * self._comm.size
+        dist.all_gather_object(parts, tensor.detach().cpu())
+        return torch.cat(parts)
+
+    def _restore(self, saved: dict[str, Any], state: LiftedState) -> None:
+        ...

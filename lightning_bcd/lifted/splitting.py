@@ -1,0 +1,112 @@
+"""What the penalty splittings of Zeng et al. share: hyperparameters and presets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Schedule, check_choice, per_layer, positive
+from lightning_bcd.lifted.chain import Chain
+from lightning_bcd.linalg import BIAS_UPDATES, BiasUpdate
+from lightning_bcd.prox.losses import Loss, SquaredLoss
+from lightning_bcd.prox.penalties import NoPenalty, Penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitting(LiftedAlgorithm):
+    """Hyperparameters of a penalty splitting; see the algorithms themselves.
+
+    Args:
+        preset: `"reference"` (published settings) or `"recommended"` (best found by experiment) fills the arguments
+            left at None; without a preset they are the paper's problem.
+        gamma: γ > 0 of the activation terms: a number, one per stage, or a function of the sweep. 1 if None.
+        alpha: α ≥ 0, proximal weight. 1 if None.
+        fit_weight: κ > 0, factor of the loss. 1 if None.
+        target_scale: Factor of the targets (squared loss only). 1 if None.
+        weight_penalty: r(W): one `Penalty` for all stages, or one per stage.
+        activation_penalty: s(V) of the hidden activations.
+        bias_update: `"exact"` (after W), `"joint"` (with W) or `"reference"` (with the old W). `"exact"` if None.
+        reduction: `"sum"` or `"mean"` over samples. With `"mean"` all terms over samples are divided by N, so that
+            `alpha` and penalties on weights do not depend on it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    preset: Literal["reference", "recommended"] | None = None
+    gamma: Schedule | None = None
+    alpha: Schedule | None = None
+    fit_weight: float | None = None
+    target_scale: float | None = None
+    weight_penalty: Penalty | Sequence[Penalty] | None = None
+    activation_penalty: Penalty | None = None
+    bias_update: BiasUpdate | None = None
+    reduction: Literal["sum", "mean"] = "sum"
+
+    #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, [None, *(name for name in self.presets if name != "paper")])
+        chosen = self.presets["paper"] | self.presets.get(self.preset or "paper", {})
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, chosen.get(field.name))  # the dataclass is frozen
+        super().__post_init__()
+        check_choice("bias_update", self.bias_update, BIAS_UPDATES)
+        check_choice("reduction", self.reduction, ["sum", "mean"])
+        for name in ("fit_weight", "target_scale"):
+            positive(name, per_layer(name, getattr(self, name), 0, 1))
+        for name in ("gamma", "rho", "alpha"):
+            value = getattr(self, name, None)
+            if isinstance(value, int | float):
+                self._validate(name, per_layer(name, value, 0, 1))
+
+    def _validate(self, name: str, values: list[float]) -> list[float]:
+        if name != "alpha":
+            positive(name, values)
+        return values
+
+    def numbers(self, name: str, sweep: int, depth: int) -> list[float]:
+        """One value of `gamma`, `rho` or `alpha` per stage in this sweep."""
+        return self._validate(name, per_layer(name, getattr(self, name), sweep, depth))
+
+    def weight_penalties(self, depth: int) -> list[Penalty]:
+        """One penalty per stage."""
+        given = self.weight_penalty
+        if given is None or isinstance(given, Penalty):
+            return [given or NoPenalty()] * depth
+        if len(given) != depth:
+            raise ValueError(
+                f"Expected argument `weight_penalty` to be one penalty or {depth}, one per stage, but got "
+                f"{len(given)}. Use NoPenalty() for stages without."
+            )
+        return list(given)
+
+    def scale_targets(self, y: Tensor) -> Tensor:
+        """`target_scale` times y."""
+        return y if self.target_scale == 1 else y * self.target_scale
+
+    def samples_of_mean(self, state: LiftedState) -> float:
+        """What terms over samples are divided by."""
+        return float(state.samples) if self.reduction == "mean" else 1.0
+
+    @property
+    def constant(self) -> bool:
+        """Whether the objective is the same in every sweep."""
+        return not any(callable(getattr(self, name, None)) for name in ("gamma", "rho"))
+
+    def check(self, chain: Chain, loss: Loss) -> None:
+        """Raise a ValueError if the chain, the loss or the number of hyperparameters does not suit the algorithm."""
+        for name in ("gamma", "rho", "alpha"):
+            if hasattr(self, name):
+                self.numbers(name, 0, len(chain))
+        self.weight_penalties(len(chain))
+        if self.target_scale != 1 and not isinstance(loss, SquaredLoss):
+            raise ValueError(
+                f"Expected argument `target_scale` to be 1 with {type(loss).__name__}, but got {self.target_scale}. "
+                "Only targets of the squared loss have a scale; use fit_weight instead."
+            )
