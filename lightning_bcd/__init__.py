@@ -6,6 +6,10 @@ from lightning_bcd.comparison import compare_training_methods
 from lightning_bcd.compiling import compile_blocks
 from lightning_bcd.coordinator import BlockCoordinateDescentCoordinator
 from lightning_bcd.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, full_batch
+from lightning_bcd.lifted.layers import MLP, Abs, Residual, Sign
+from lightning_bcd.lifted.module import LiftedModule
+from lightning_bcd.lifted.residual import ResidualSplitting
+from lightning_bcd.lifted.three_splitting import ThreeSplitting
 from lightning_bcd.memory import estimate_memory
 from lightning_bcd.models import MLPClassifier
 from lightning_bcd.module import BCDMixin, BCDModule
@@ -17,6 +21,8 @@ from lightning_bcd.tracking import BlockLossTracker
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLP",
+    "Abs",
     "BCDCallback",
     "BCDMixin",
     "BCDModule",
@@ -30,10 +36,15 @@ __all__ = [
     "GreedyStrategy",
     "ImportanceStrategy",
     "LayerBlock",
+    "LiftedModule",
     "MLPClassifier",
     "MNISTDataModule",
     "RandomStrategy",
+    "Residual",
+    "ResidualSplitting",
     "ScoredStrategy",
+    "Sign",
+    "ThreeSplitting",
     "__version__",
     "compare_training_methods",
     "compile_blocks",

@@ -141,9 +141,11 @@ class _ImageDataModule(LightningDataModule):
     num_classes: ClassVar[int] = 10
     image_shape: ClassVar[tuple[int, int, int]]
 
-    def __init__(self, *, batch_size: int, val_fraction: float, seed: int, num_workers: int, flatten: bool) -> None:
+    def __init__(
+        self, *, batch_size: int | None, val_fraction: float, seed: int, num_workers: int, flatten: bool
+    ) -> None:
         super().__init__()
-        _check("batch_size", batch_size, batch_size >= 1, "at least 1")
+        _check("batch_size", batch_size, batch_size is None or batch_size >= 1, "at least 1, or None for full batches")
         _check("num_workers", num_workers, num_workers >= 0, "at least 0")
         _check("val_fraction", val_fraction, 0 <= val_fraction < 1, "in [0, 1)")
         self.batch_size = batch_size
@@ -163,9 +165,11 @@ class _ImageDataModule(LightningDataModule):
     def _shaped(self, images: Tensor) -> Tensor:
         return images.reshape(len(images), *((self.num_features,) if self.flatten else self.image_shape))
 
-    def _loader(self, data: Dataset[Any] | None, *, shuffle: bool = False) -> DataLoader[Any]:
+    def _loader(self, data: Dataset[Any] | None, *, shuffle: bool = False) -> DataLoader[Any] | FullBatchLoader:
         if data is None:
             raise RuntimeError(f"{type(self).__name__} has no data yet. Call setup() before asking for a loader.")
+        if self.batch_size is None:
+            return full_batch(data)
         return DataLoader(
             data,
             batch_size=self.batch_size,
@@ -177,20 +181,20 @@ class _ImageDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Any] | FullBatchLoader:
         """Shuffled batches (x, y); x is float32 of shape (B, …), y int64 of shape (B,)."""
         return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | FullBatchLoader | list[Any]:
         """Batches (x, y) of the validation set; an empty list, which means no validation, without one."""
         empty = self.val_fraction == 0 and self.train_set is not None
         return [] if empty else self._loader(self.val_set)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Any] | FullBatchLoader:
         """Batches (x, y) of the test set."""
         return self._loader(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | FullBatchLoader:
         """Batches x of the test set, without labels: what Lightning's default `predict_step` expects."""
         if self.test_set is None:
             return self._loader(None)
@@ -204,7 +208,7 @@ class DigitsDataModule(_ImageDataModule):
     Pixels are scaled from 0 … 16 to [0, 1]. The split is stratified: every class gives the same share.
 
     Args:
-        batch_size: Samples per mini-batch.
+        batch_size: Samples per mini-batch; None makes every set one batch, see `full_batch`.
         test_fraction: Share of all samples that form the test set, in [0, 1).
         val_fraction: Share of all samples that form the validation set, in [0, 1); 0 for none.
         seed: Seed of the split and of the shuffling.
@@ -220,7 +224,7 @@ class DigitsDataModule(_ImageDataModule):
 
     def __init__(
         self,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         test_fraction: float = 0.2,
         val_fraction: float = 0.1,
         seed: int = 0,
@@ -260,7 +264,7 @@ class MNISTDataModule(_ImageDataModule):
 
     Args:
         data_dir: The folder with the files.
-        batch_size: Samples per mini-batch.
+        batch_size: Samples per mini-batch; None makes every set one batch, see `full_batch`.
         val_fraction: Share of the training images that form the validation set, in [0, 1), the same share of
             every class; 0 trains on all of them without validation.
         seed: Seed of the split and of the shuffling.
@@ -282,7 +286,7 @@ class MNISTDataModule(_ImageDataModule):
     def __init__(
         self,
         data_dir: str | Path,
-        batch_size: int = 128,
+        batch_size: int | None = 128,
         val_fraction: float = 0.1,
         seed: int = 0,
         num_workers: int = 0,
@@ -342,7 +346,7 @@ class FashionMNISTDataModule(MNISTDataModule):
     pixel_statistics = (0.2860, 0.3530)
 
 
-def _check(name: str, value: float, ok: bool, wanted: str) -> None:
+def _check(name: str, value: float | None, ok: bool, wanted: str) -> None:
     if not ok:
         raise ValueError(f"Expected argument `{name}` to be {wanted}, but got {value}. Choose another value.")
 

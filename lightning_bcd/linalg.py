@@ -28,9 +28,10 @@ def gram(v: Tensor) -> Tensor:
     d = v.shape[1]
     parts = max(1, round(d / GRAM_BLOCK))
     if parts == 1:
-        return v.T @ v
+        product: Tensor = v.T @ v
+        return product
     edges = [d * i // parts for i in range(parts + 1)]
-    result = v.new_empty(d, d)
+    result: Tensor = v.new_empty(d, d)
     for i in range(parts):
         rows = slice(edges[i], edges[i + 1])
         block = v[:, rows].T @ v[:, edges[i] :]
@@ -54,6 +55,7 @@ def factor(matrix: Tensor, name: str = "matrix", *, positive: bool = False) -> T
     Raises:
         torch.linalg.LinAlgError: If it is not finite, or stays singular with a jitter of 1e-8 of its mean diagonal.
     """
+    factorised: Tensor
     factorised, info = torch.linalg.cholesky_ex(matrix)
     if positive and matrix.is_cuda:
         return factorised
@@ -66,12 +68,12 @@ def factor(matrix: Tensor, name: str = "matrix", *, positive: bool = False) -> T
         if not info.item():
             break
     if not bool(torch.isfinite(factorised).all()):
-        raise torch.linalg.LinAlgError(
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             f"Expected {name} to be finite, but it holds NaN or infinity. Check the data for such values, or use "
             "smaller targets or a larger `alpha`."
         )
     if info.item():
-        raise torch.linalg.LinAlgError(
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             f"Expected {name} to have full rank, but it is singular: its features are linearly dependent. Use "
             "`alpha` > 0 or a ridge penalty, which make the solution unique."
         )
@@ -271,7 +273,7 @@ def _curvature(direction: Tensor, matrix: Tensor, shift: float) -> Tensor:
 def _proximal_gradient(
     matrix: Tensor, right: Tensor, w_old: Tensor, alpha: float, penalty: Penalty, iterations: int
 ) -> Tensor:
-    """Accelerated proximal gradient with restart on ½⟨WA, W⟩ − ⟨B, W⟩ + α/2‖W − W_old‖² + r(W): never above the start."""
+    """Accelerated proximal gradient with restart on ½⟨WA, W⟩ − ⟨B, W⟩ + α/2‖W − W_old‖² + r(W); it never rises."""
 
     def value(w: Tensor) -> Tensor:
         return ((0.5 * w @ matrix - right) * w).sum() + alpha / 2 * (w - w_old).square().sum() + penalty.value(w)
@@ -341,9 +343,7 @@ class RowSolver:
         return v, (t.square().sum().double() + inner / self.rho).clamp_min(0)
 
 
-def power_iteration(
-    apply: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 3
-) -> tuple[Tensor, Tensor]:
+def power_iteration(apply: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:
     """Estimate the largest eigenvalue of a symmetric positive semi-definite operator, from below.
 
     Args:

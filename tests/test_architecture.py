@@ -11,11 +11,11 @@ PACKAGE = Path(lightning_bcd.__file__).parent
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 # A file imports lower levels only, its own only inside its folder. Pure torch up to 2, lightning from 3 on.
 TABLE = [
-    "linalg linesearch blocks prox strategy",
-    "scored_strategy probe prefix optim compiling checkpointing",
-    "report memory coordinator expansion distributed scheduler",
+    "linesearch blocks prox strategy",
+    "linalg scored_strategy probe prefix optim compiling checkpointing",
+    "lifted report memory coordinator expansion distributed scheduler",
     "compatibility schedules tracking window",
-    "ranks",
+    "ranks lifted.module",
     "callback sweep",
     "module models datamodules comparison",
     "plotting demo __init__",

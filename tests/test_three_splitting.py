@@ -70,3 +70,265 @@ def test_sweeps_equal_the_published_code(name, chunk_size):
             found = (stage.weight, stage.bias, state.variables["v"][i], state.variables["u"][i])
             for letter, value in zip("wbvu", found, strict=True):
                 torch.testing.assert_close(value.detach(), data[f"{letter}{i + 1}_{sweep}"], rtol=1e-8, atol=1e-8)
+
+
+ACTIVATIONS = [
+    nn.Identity,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.Hardtanh,
+    nn.ReLU6,
+    Abs,
+    Sign,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.GELU,
+    nn.SiLU,
+]
+LOSSES = ["squared", "cross_entropy", "logistic", "hinge"]
+SHAPES = {"thin": (40, (7, 5, 3)), "wide": (30, (4, 9, 8, 3)), "few samples": (6, (9, 12, 8, 10, 3))}
+
+
+def run(algorithm, net, x, y, loss, sweeps=5):
+    """Sweep; check every report against the definition; return the objectives, the first before any sweep."""
+    chain = Chain(net)
+    algorithm.check(chain, loss)
+    algorithm.initialise(chain)
+    state = algorithm.start(chain, x, y, Alone())
+    values = [float(algorithm.objective(chain, state, loss))]
+    for _ in range(sweeps):
+        report = algorithm.sweep(chain, state, loss, Alone())
+        values.append(float(algorithm.objective(chain, state, loss)))
+        assert float(report.objective) == pytest.approx(values[-1], rel=1e-9, abs=1e-11)
+    return values, state
+
+
+def never_rises(values):
+    return all(b <= a + 1e-10 * max(1.0, abs(a)) for a, b in pairwise(values)) and values[-1] < values[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_objective_never_rises(activation, loss, shape):
+    samples, widths = SHAPES[shape]
+    loss = resolve_loss(loss)
+    x, y = problem(samples, widths[0], widths[-1], loss)
+    for bias_update, order in product(("exact", "joint"), ("backward", "forward")):
+        algorithm = ThreeSplitting(gamma=0.8, rho=1.3, alpha=0.05, bias_update=bias_update, order=order)
+        assert algorithm.descends
+        values, _ = run(algorithm, network(widths, activation), x, y, loss)
+        assert never_rises(values)
+
+
+OPTIONS = {
+    "prox-linear": {"update": "prox_linear"},
+    "prox-linear, Lipschitz": {"update": "prox_linear", "step": "lipschitz", "inner_iterations": 3},
+    "prox-linear, l1": {"update": "prox_linear", "weight_penalty": L1(0.1)},
+    "prox-linear, joint bias": {"update": "prox_linear", "bias_update": "joint"},
+    "ridge": {"weight_penalty": Ridge(0.7)},
+    "l1": {"weight_penalty": L1(0.2)},
+    "non-negative V": {"activation_penalty": NonNegative()},
+    "elastic net on V": {"activation_penalty": ElasticNet(0.05, 0.1)},
+    "mean": {"reduction": "mean", "weight_penalty": Ridge(0.01), "alpha": 1e-3},
+    "mean, joint bias": {"reduction": "mean", "bias_update": "joint", "alpha": 1e-3, "weight_penalty": L1(0.01)},
+    "no proximal term": {"alpha": 0.0, "weight_penalty": Ridge(0.01)},
+    "per stage": {"gamma": [0.5, 1.0, 2.0], "rho": (2.0, 1.0, 0.5), "alpha": [0.0, 0.1, 1.0]},
+    "fit weight and scale": {"fit_weight": 3.0, "target_scale": 5.0},
+}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_objective_never_rises_with(name, bias, residual):
+    loss = resolve_loss("squared")
+    kind = ResidualSplitting if residual else ThreeSplitting
+    for widths, samples in (((6, 5, 5, 3), 40), ((6, 8, 8, 3), 7)):
+        x, y = problem(samples, widths[0], widths[-1], loss)
+        for order in ("backward", "forward"):
+            algorithm = kind(**{"alpha": 0.1, **OPTIONS[name], "order": order})
+            values, _ = run(algorithm, network(widths, nn.Tanh, bias=bias, residual=residual), x, y, loss)
+            assert never_rises(values)
+
+
+@pytest.mark.parametrize("update", ["proximal", "prox_linear"])
+def test_chunks_change_nothing_but_rounding(update):
+    loss = resolve_loss("cross_entropy")
+    x, y = problem(41, 6, 3, loss)
+    found = []
+    for chunk_size in (None, 1, 8):
+        net = network((6, 8, 5, 5, 3), residual=True)
+        algorithm = ResidualSplitting(update=update, chunk_size=chunk_size)
+        _, state = run(algorithm, net, x, y, loss, sweeps=4)
+        found.append([*net.parameters(), *state.variables["v"], *state.variables["u"]])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_every_update_is_stationary():
+    """Gradients of the whole objective in the block just updated vanish (smooth activation, forward order)."""
+    loss = resolve_loss("cross_entropy")
+    x, y = problem(20, 5, 3, loss)
+    chain = Chain(network((5, 6, 4, 3), nn.Tanh))
+    algorithm = ThreeSplitting(gamma=0.7, rho=1.4, alpha=0.0, weight_penalty=Ridge(0.1), order="forward")
+    state = algorithm.start(chain, x, y, Alone())
+    algorithm.sweep(chain, state, loss, Alone())
+    # After a forward sweep the last block is (W_L, b_L), before it U_L: they are optimal given the rest.
+    weight = chain[-1].weight
+    u, v_in = state.variables["u"][-1], state.variables["v"][-2]
+    w, b = (t.detach().clone().requires_grad_() for t in (weight, chain[-1].bias))
+    value = 1.4 / 2 * (u - v_in @ w.T - b).square().sum() + 0.1 / 2 * w.square().sum()
+    grad_b = torch.autograd.grad(value, b, retain_graph=True)[0]
+    torch.testing.assert_close(grad_b, torch.zeros_like(grad_b), atol=1e-10, rtol=0)
+
+
+def test_a_residual_sweep_equals_the_equations_written_out():
+    loss = resolve_loss("squared")
+    x, y = problem(12, 5, 5, loss)
+    gamma, rho, alpha = 0.8, 1.3, 0.2
+    net = network((5, 5, 5, 5), residual=True)
+    chain = Chain(net)
+    weights = [[stage.weight.detach().clone(), stage.bias.detach().clone()] for stage in chain]
+    v = [x]
+    u = []
+    for i, (w, b) in enumerate(weights):
+        u.append(v[-1] @ w.T + b)
+        v.append(v[-1] + (u[-1].relu() if i < 2 else u[-1]))
+
+    algorithm = ResidualSplitting(gamma=gamma, rho=rho, alpha=alpha)
+    state = algorithm.start(chain, x, y, Alone())
+    algorithm.sweep(chain, state, loss, Alone())
+
+    eye = torch.eye(5, dtype=F64)
+
+    def relu_problem(a, c, r):
+        best = torch.full_like(a, torch.inf)
+        point = a
+        for candidate in (((gamma * a + r * c) / (gamma + r)).clamp_min(0), c.clamp_max(0)):
+            value = gamma / 2 * (a - candidate.relu()) ** 2 + r / 2 * (candidate - c) ** 2
+            point, best = torch.where(value < best, candidate, point), torch.minimum(value, best)
+        return point
+
+    def fit(u, v_in, w, b):
+        right = alpha * w + rho * (u - b).T @ v_in
+        w = torch.linalg.solve(alpha * eye + rho * v_in.T @ v_in, right.T).T
+        return w, (alpha * b + rho * (u - v_in @ w.T).sum(0)) / (rho * len(u) + alpha)
+
+    v[3] = (y + gamma * (v[2] + u[2]) + alpha * v[3]) / (1 + gamma + alpha)
+    u[2] = (gamma * (v[3] - v[2]) + rho * (v[2] @ weights[2][0].T + weights[2][1])) / (gamma + rho)
+    weights[2] = fit(u[2], v[2], *weights[2])
+    for i in (1, 0):  # stage i makes v[i + 1]
+        w, b = weights[i + 1]
+        above = v[i + 2] - (u[i + 1] if i == 1 else u[i + 1].relu())
+        right = gamma * (v[i] + u[i].relu()) + gamma * above + rho * (u[i + 1] - b) @ w
+        v[i + 1] = torch.linalg.solve(2 * gamma * eye + rho * w.T @ w, right.T).T
+        product_ = v[i] @ weights[i][0].T + weights[i][1]
+        u[i] = relu_problem(v[i + 1] - v[i], (rho * product_ + alpha * u[i]) / (rho + alpha), rho + alpha)
+        weights[i] = fit(u[i], v[i], *weights[i])
+    for i, stage in enumerate(chain):
+        torch.testing.assert_close(stage.weight.detach(), weights[i][0], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(stage.bias.detach(), weights[i][1], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(state.variables["v"][i], v[i + 1], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(state.variables["u"][i], u[i], rtol=1e-9, atol=1e-11)
+
+
+def cnn():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.AvgPool2d(2)),
+            nn.Conv2d(4, 6, 3, dilation=2, padding="same", padding_mode="circular"),
+            nn.AvgPool2d(2),
+            nn.Tanh(),
+            nn.Conv2d(6, 4, 2, stride=2, bias=False),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        ).double()
+
+
+@pytest.mark.parametrize("update", ["proximal", "prox_linear"])
+def test_a_convolutional_network_descends(update):
+    loss = resolve_loss("cross_entropy")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(15, 2, 8, 8, generator=generator, dtype=F64)
+    y = loss.encode(torch.randint(3, (15,), generator=generator), 3, F64)
+    for step, penalty in (("exact", None), ("lipschitz", L1(0.01))):
+        algorithm = ThreeSplitting(update=update, step=step, weight_penalty=penalty, alpha=0.01, chunk_size=4)
+        values, _ = run(algorithm, cnn(), x, y, loss, sweeps=6)
+        assert never_rises(values)
+
+
+def test_reduced_storage_stays_close():
+    loss = resolve_loss("squared")
+    x, y = problem(50, 6, 3, loss)
+    x, y = x.float(), y.float()
+    results = []
+    for storage in (None, "bfloat16"):
+        net = network((6, 8, 3)).float()
+        chain = Chain(net)
+        algorithm = ThreeSplitting(storage_dtype=storage, alpha=1.0)
+        state = algorithm.start(chain, x, y, Alone())
+        for _ in range(3):
+            report = algorithm.sweep(chain, state, loss, Alone())
+        assert float(report.objective) == pytest.approx(float(algorithm.objective(chain, state, loss)), rel=1e-4)
+        results.append((float(report.objective), state.bytes))
+    assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
+    assert results[1][1] * 2 == results[0][1]
+
+
+def test_schedules_follow_the_sweep():
+    loss = resolve_loss("squared")
+    x, y = problem(20, 6, 3, loss)
+    seen = []
+
+    def grow(sweep):
+        seen.append(sweep)
+        return 2.0**sweep
+
+    algorithm = ThreeSplitting(gamma=grow)
+    assert not algorithm.descends
+    run(algorithm, network((6, 4, 3)), x, y, loss, sweeps=3)
+    assert set(seen) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gamma": 0.0}, "`gamma` to be positive"),
+        ({"rho": -1.0}, "`rho` to be finite and not negative"),
+        ({"alpha": float("nan")}, "`alpha` to be finite"),
+        ({"fit_weight": 0.0}, "`fit_weight` to be positive"),
+        ({"update": "newton"}, "`update` to be one of"),
+        ({"preset": "best"}, "`preset` to be one of"),
+        ({"init": "xavier"}, "`init` to be one of"),
+        ({"chunk_size": 0}, "`chunk_size` to be at least 1"),
+        ({"inner_iterations": 0}, "`inner_iterations` to be at least 1"),
+        ({"storage_dtype": "int8"}, "`storage_dtype` to be one of"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ThreeSplitting(**arguments)
+
+
+def test_what_does_not_suit_the_network_is_named():
+    chain, squared = Chain(network((4, 5, 3))), resolve_loss("squared")
+    with pytest.raises(ValueError, match="`gamma` to be one number or 2, one per stage, but got 3"):
+        ThreeSplitting(gamma=[1.0, 1.0, 1.0]).check(chain, squared)
+    with pytest.raises(ValueError, match="`rho` to be positive"):
+        ThreeSplitting(rho=[1.0, 0.0]).check(chain, squared)
+    with pytest.raises(ValueError, match="`weight_penalty` to be one penalty or 2"):
+        ThreeSplitting(weight_penalty=[L1(1.0)]).check(chain, squared)
+    with pytest.raises(ValueError, match="Use ResidualSplitting"):
+        ThreeSplitting().check(Chain(network((4, 4, 3), residual=True)), squared)
+    with pytest.raises(ValueError, match="`target_scale` to be 1 with CrossEntropyLoss"):
+        ThreeSplitting(target_scale=2.0).check(chain, resolve_loss("cross_entropy"))
+
+
+def test_presets_fill_only_what_is_left_open():
+    assert ThreeSplitting().alpha == 1.0
+    reference = ThreeSplitting(preset="reference", alpha=1.0)
+    assert (reference.alpha, reference.bias_update, reference.init) == (1.0, "reference", "reference")

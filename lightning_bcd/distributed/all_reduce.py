@@ -29,5 +29,5 @@ class AllReduce:
         message = torch.cat([tensor.double().flatten() for tensor in tensors])
         dist.all_reduce(message)
         self.bytes += message.numel() * message.element_size()
-        for tensor, part in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(message, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

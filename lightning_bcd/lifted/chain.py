@@ -76,12 +76,12 @@ class Stage:
         )
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """W."""
         return self.operator.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         """b, or None."""
         return self.operator.bias
 
@@ -130,7 +130,7 @@ class Stage:
         if self.pools:
             reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
             size = [(n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, conv.stride, strict=True)]
-            patches = patches.unflatten(2, size)
+            patches = patches.view(*patches.shape[:2], *size)
             for pool in self.pools:
                 patches = pool(patches)
             patches = patches.flatten(2)
@@ -237,7 +237,7 @@ class _Reader:
     def read(self, network: nn.Module) -> None:
         self._walk(network, "")
         self._close(sigma.Identity())
-        if self.before:
+        if self.before and self.stages:
             raise ValueError(
                 f"Expected the network to end with a linear module, but {type(self.before[-1]).__name__} follows the "
                 "last activation. Put it in front of a linear module."
@@ -245,7 +245,8 @@ class _Reader:
 
     def _walk(self, module: nn.Module, name: str) -> None:
         if isinstance(module, nn.Sequential):
-            for key, child in module.named_children():
+            # Not named_children, which leaves out the second use of a module.
+            for key, child in zip(module._modules, module, strict=True):
                 self._walk(child, f"{name}.{key}" if name else key)
         elif isinstance(module, Residual):
             self._read_residual(module, name)
@@ -283,9 +284,7 @@ class _Reader:
         if self.operator is None:
             return
         # A final flatten or pool after the last operator, or before the next one, is the same linear map.
-        self.stages.append(
-            Stage(self.name, self.operator, activation, tuple(self.before), tuple(self.after), residual)
-        )
+        self.stages.append(Stage(self.name, self.operator, activation, tuple(self.before), tuple(self.after), residual))
         self.operator, self.before, self.after = None, [], []
 
     def _read_residual(self, module: Residual, name: str) -> None:
@@ -303,6 +302,4 @@ class _Reader:
         if stage.operator in self.seen:
             raise ValueError(f"Expected every module once, but '{name}' is used twice. Give each stage its own.")
         self.seen.add(stage.operator)
-        self.stages.append(
-            Stage(f"{name}.stage.{stage.name}", stage.operator, stage.activation, (), (), residual=True)
-        )
+        self.stages.append(Stage(f"{name}.stage.{stage.name}", stage.operator, stage.activation, (), (), residual=True))

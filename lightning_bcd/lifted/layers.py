@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -48,3 +51,54 @@ class Abs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return |x|."""
         return x.abs()
+
+
+#: Names that `MLP` takes for its activation.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "Identity": nn.Identity,
+    "ReLU": nn.ReLU,
+    "LeakyReLU": nn.LeakyReLU,
+    "Hardtanh": nn.Hardtanh,
+    "ReLU6": nn.ReLU6,
+    "Abs": Abs,
+    "Sign": Sign,
+    "Sigmoid": nn.Sigmoid,
+    "Tanh": nn.Tanh,
+    "Softplus": nn.Softplus,
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+}
+
+
+class MLP(nn.Sequential):
+    """A multi-layer perceptron as an `nn.Sequential` that lifted algorithms read: Flatten, then linear stages.
+
+    Args:
+        widths: Features of the input, of each hidden layer, and outputs.
+        activation: Name of the activation after every layer but the last.
+        bias: Whether layers have a bias.
+        residual: Whether hidden layers of equal width get a skip connection.
+
+    Raises:
+        ValueError: If there are fewer than two widths, or the activation is unknown.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], activation: str = "ReLU", bias: bool = True, residual: bool = False
+    ) -> None:
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(
+                f"Expected argument `widths` to be at least two positive integers, but got {list(widths)}. Give the "
+                "input size, the hidden sizes and the number of outputs, e.g. [784, 600, 10]."
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Expected argument `activation` to be one of {list(ACTIVATIONS)}, but got {activation!r}."
+            )
+        modules: list[nn.Module] = [nn.Flatten()]
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            stage: list[nn.Module] = [nn.Linear(fan_in, fan_out, bias=bias)]
+            if index < len(widths) - 2:
+                stage.append(ACTIVATIONS[activation]())
+            modules += [Residual(*stage)] if residual and fan_in == fan_out else stage
+        super().__init__(*modules)

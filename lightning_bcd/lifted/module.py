@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -19,8 +18,9 @@ from lightning_bcd.compatibility import as_misconfiguration
 from lightning_bcd.distributed.all_reduce import AllReduce
 from lightning_bcd.distributed.block_sync import broadcast_tensors
 from lightning_bcd.lifted.algorithm import Alone, Communicator, LiftedAlgorithm, LiftedState, Report, precise
-from lightning_bcd.lifted.batch import Fingerprint, check_batch, check_memory
+from lightning_bcd.lifted.batch import Fingerprint, check_input, check_memory, encode_targets, split_batch
 from lightning_bcd.lifted.chain import Chain
+from lightning_bcd.lifted.checkpoint import pack, restore
 from lightning_bcd.prox.losses import Loss, resolve_loss
 
 #: A rise of the objective beyond this share of it is not rounding.
@@ -30,13 +30,13 @@ RISE = {torch.float64: 1e-10, torch.float32: 1e-5}
 class SweepOptimizer(torch.optim.Optimizer):
     """Runs a sweep as its step, so that `trainer.global_step` counts sweeps. It reads no gradients."""
 
-    #: The gradient scaler of 16-mixed precision leaves scaling to optimizers that say so; there is nothing to scale.
-    _step_supports_amp_scaling = True
+    def __init__(self, device: torch.device) -> None:
+        # The gradient scaler of 16-mixed precision insists on a gradient to look at.
+        placeholder = nn.Parameter(torch.zeros((), device=device))
+        placeholder.grad = torch.zeros_like(placeholder)
+        super().__init__([placeholder], {})
 
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Call the closure."""
         return None if closure is None else closure()
 
@@ -93,26 +93,23 @@ class LiftedModule(LightningModule):
         if persist not in ("auto", True, False):
             raise ValueError(f"Expected argument `persist` to be 'auto', True or False, but got {persist!r}.")
         self.chain = Chain(network)
-        algorithm.check(self.chain)
+        self.loss = resolve_loss(loss)
+        algorithm.check(self.chain, self.loss)
         self.network = network
         self.algorithm = algorithm
-        self.loss = resolve_loss(loss)
         self.persist = persist
         self.save_auxiliary = save_auxiliary
         self.log_train_accuracy = log_train_accuracy
         self.num_outputs = self.chain[-1].weight.shape[0]
-        self.accuracies = nn.ModuleDict(
-            {
-                stage: MulticlassAccuracy(self.num_outputs, average="micro")
-                for stage in ("train", "val", "test")
-                if self.num_outputs > 1
-            }
-        )
+        stages = ("train", "val", "test") if self.num_outputs > 1 else ()
+        for name in stages:
+            setattr(self, f"{name}_accuracy", MulticlassAccuracy(self.num_outputs, average="micro"))
         self.report: Report | None = None
         self.sweeps = 0
+        self._initialised = False
         self._state: LiftedState | None = None
-        self._saved: dict[str, Any] | None = None
         self._fingerprint: Fingerprint | None = None
+        self._saved: dict[str, Any] = {}
         self._comm: Communicator = Alone()
         self._warned = False
 
@@ -123,7 +120,7 @@ class LiftedModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer whose steps are sweeps."""
-        return SweepOptimizer(self.network.parameters())
+        return SweepOptimizer(self.device)
 
     # -- training -----------------------------------------------------------------------------------------
 
@@ -139,93 +136,97 @@ class LiftedModule(LightningModule):
                 f"Expected Trainer argument `strategy` to be 'auto' or 'ddp' with LiftedModule, but got "
                 f"{type(strategy).__name__}. Samples are shared among processes; weights are not cut in pieces."
             )
+
+    def _equalise(self) -> None:
+        # Not the auxiliary variables: every process has its own samples.
+        broadcast_tensors(self.network)
+
+    def on_train_start(self) -> None:
+        """Refuse half precision, and mini-batches for auxiliary variables that shall persist."""
         if any(p.dtype not in RISE for p in self.network.parameters()):
             raise MisconfigurationException(
                 "Expected weights in float32 or float64 with LiftedModule, but the Trainer's `precision` makes them "
                 "half. Use precision='32-true' and ThreeSplitting(storage_dtype='bfloat16') to save memory."
             )
-
-    def _equalise(self) -> None:
-        broadcast_tensors(self.network)
-
-    def on_train_start(self) -> None:
-        """Decide whether auxiliary variables persist."""
         batches = self.trainer.num_training_batches
         if self.persist is True and batches != 1:
             raise MisconfigurationException(
-                f"Expected one training batch per epoch with persist=True, but got {batches}: auxiliary variables belong "
-                "to fixed samples. Use full_batch(train_set), or persist='auto' for the online mode."
+                f"Expected one training batch per epoch with persist=True, but got {batches}: auxiliary variables "
+                "belong to fixed samples. Use full_batch(train_set), or persist='auto' for the online mode."
             )
         self._comm = AllReduce() if self.trainer.world_size > 1 else Alone()
 
     @property
-    def _persistent(self) -> bool:
+    def _persists(self) -> bool:
         return self.trainer.num_training_batches == 1 if self.persist == "auto" else self.persist
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Sweep once over the batch."""
-        state = self._state_for(batch)
+        with as_misconfiguration():
+            state = self._recall(batch) if self._persists and self._state is not None else self._begin(batch)
+        before = self.report
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        before = self.report
         optimizer.step(closure=lambda: self._sweep(state))
-        report = self.report
-        assert report is not None
-        self._check_objective(before, report)
-        self._log_report(report, len(state.x))
+        assert self.report is not None
+        self._check_objective(before, self.report)
+        self._log_report(self.report, len(state.x))
         if self.log_train_accuracy:
             self._log_train_accuracy(batch)
-        return {"loss": report.objective}
+        return {"loss": self.report.objective}
 
     def _sweep(self, state: LiftedState) -> None:
         self.report = self.algorithm.sweep(self.chain, state, self.loss, self._comm)
         self.sweeps += 1
 
-    def _state_for(self, batch: Any) -> LiftedState:
-        """The state of this batch: the one of the last sweep if it persists, else a new one."""
-        persistent = self._persistent
-        if persistent and self._state is not None:
-            with as_misconfiguration():
-                assert self._fingerprint is not None
-                self._fingerprint.check(batch)
-            state = self._state
-            state.x, state.y = self._inputs(batch, check=False)
-            for name, tensors in state.variables.items():
-                if not getattr(self.algorithm, "offload", False):
-                    state.variables[name] = [getattr(self, f"auxiliary_{name}_{i}") for i in range(len(tensors))]
-            return state
-        x, y = self._inputs(batch, check=True)
-        fresh = self.sweeps == 0
-        if persistent:
-            check_memory(self.algorithm.bytes_per_sample(self.chain, x) * len(x), x.device)
-        with precise(x.device):
-            start = self.algorithm.start if fresh else self.algorithm.restart
-            state = start(self.chain, x, y, self.loss, self._comm)
-            if fresh and self._comm.size > 1 and getattr(self.algorithm, "init", None):
-                # Random weights of rank 0 for all, and the auxiliary variables that belong to them.
+    def _begin(self, batch: Any) -> LiftedState:
+        """Auxiliary variables for a batch that has none: from a checkpoint, or by a forward pass."""
+        x, targets = split_batch(batch)
+        check_input(x, self.chain)
+        y = encode_targets(targets, len(x), x.dtype, self.num_outputs, self.loss)
+        if self._persists:
+            needed = self.algorithm.bytes_per_sample(self.chain, x) * len(x)
+            rank_zero_info(check_memory(needed, x.device, self.algorithm.offload))
+        if not self._initialised:
+            self.algorithm.initialise(self.chain)
+            if self._comm.size > 1:  # the random numbers of rank 0 for all
                 broadcast_tensors(self.network)
-                state = self.algorithm.restart(self.chain, x, y, self.loss, self._comm)
+            self._initialised = True
+        state = self.algorithm.start(self.chain, x, y, self._comm)
         state.sweep = self.sweeps
-        if persistent:
-            self._keep(batch, state)
+        if self._persists:
+            self._fingerprint = Fingerprint(x, targets)
+            if self._saved:
+                restore(self._saved, state, self._fingerprint.value, self._comm.size)
+                self._saved = {}
+            self._state = state
+            self._hold(state)
         return state
 
-    def _inputs(self, batch: Any, *, check: bool) -> tuple[Tensor, Tensor]:
-        with as_misconfiguration():
-            x, y = check_batch(batch, self.chain, self.num_outputs, self.loss, values=check)
-        return x, y
+    def _recall(self, batch: Any) -> LiftedState:
+        """The state of the last sweep, if this is the same batch."""
+        assert self._fingerprint is not None
+        x, targets = split_batch(batch)
+        self._fingerprint.check(x, targets)
+        state = self._current()
+        if x is not state.x:  # the same values, perhaps moved to a device again
+            y = encode_targets(targets, len(x), x.dtype, self.num_outputs, self.loss)
+            state.x, state.y = x, self.algorithm.scale_targets(y)
+        return state
 
-    def _keep(self, batch: Any, state: LiftedState) -> None:
-        self._fingerprint = Fingerprint(batch)
-        if self._saved is not None:
-            self._restore(self._saved, state)
-            self._saved = None
-        self._state = state
-        if getattr(self.algorithm, "offload", False):
-            return
-        for name, tensors in state.variables.items():
+    def _hold(self, state: LiftedState) -> None:
+        # As buffers they follow the module to other devices; not persistent, so that exported weights stay small.
+        for name, tensors in state.variables.items() if not self.algorithm.offload else ():
             for index, tensor in enumerate(tensors):
                 self.register_buffer(f"auxiliary_{name}_{index}", tensor, persistent=False)
+
+    def _current(self) -> LiftedState:
+        """The persistent state with the buffers as they are now: moving the module replaces them."""
+        assert self._state is not None
+        if not self.algorithm.offload:
+            for name, tensors in self._state.variables.items():
+                tensors[:] = [getattr(self, f"auxiliary_{name}_{index}") for index in range(len(tensors))]
+        return self._state
 
     def _check_objective(self, before: Report | None, after: Report) -> None:
         value = float(after.objective)
@@ -234,17 +235,16 @@ class LiftedModule(LightningModule):
                 f"The objective is {value} after sweep {self.sweeps}. Check that the data is finite and of moderate "
                 "size, or use a larger `alpha`."
             )
-        if before is None or not self._persistent or not self.algorithm.descends or self._warned:
+        if before is None or self._warned or not (self._persists and self.algorithm.descends):
             return
         dtype = next(self.network.parameters()).dtype
         rise = value - float(before.objective)
         if rise > RISE[dtype] * abs(float(before.objective)):
             self._warned = True
             layer, term = after.largest_rise(before)
-            name = self.chain[layer].name if layer is not None else "output"
             rank_zero_warn(
                 f"The objective rose by {rise:.3g} to {value:.6g} in sweep {self.sweeps}, most in the {term} term of "
-                f"stage '{name}'. With exact sub-problems it cannot: use a larger `alpha`, or float64."
+                f"stage '{self.chain[layer].name}'. With exact sub-problems it cannot: use a larger `alpha`, or float64."
             )
 
     # -- logging ------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ class LiftedModule(LightningModule):
 
     def _log_train_accuracy(self, batch: Any) -> None:
         x, y = batch
-        if "train" not in self.accuracies or y.is_floating_point():
+        accuracy: MulticlassAccuracy | None = getattr(self, "train_accuracy", None)
+        if accuracy is None or y.is_floating_point():
             return
-        accuracy = self.accuracies["train"]
         with precise(x.device):
             for rows, labels in zip(x.split(4096), y.split(4096), strict=True):
                 accuracy.update(self.network(rows), labels)
@@ -283,16 +283,16 @@ class LiftedModule(LightningModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        outputs = self(batch[0])
-        targets = batch[1]
         with as_misconfiguration():
-            _, encoded = check_batch(batch, self.chain, self.num_outputs, self.loss, values=False)
-        count = len(outputs)
-        loss = self.loss.value(outputs.to(encoded.dtype), encoded) / count
-        self.log(f"{stage}_loss", loss, batch_size=count, sync_dist=self.trainer.world_size > 1)
-        if stage in self.accuracies and not targets.is_floating_point():
-            self.accuracies[stage](outputs, targets)
-            self.log(f"{stage}_acc", self.accuracies[stage], prog_bar=True, batch_size=count)
+            x, targets = split_batch(batch)
+            outputs = self(x)
+            y = encode_targets(targets, len(x), outputs.dtype, self.num_outputs, self.loss)
+        loss = self.loss.value(outputs, y) / len(x)
+        self.log(f"{stage}_loss", loss, batch_size=len(x), sync_dist=self.trainer.world_size > 1)
+        accuracy: MulticlassAccuracy | None = getattr(self, f"{stage}_accuracy", None)
+        if accuracy is not None and not targets.is_floating_point():
+            accuracy(outputs, targets)
+            self.log(f"{stage}_acc", accuracy, prog_bar=True, batch_size=len(x))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the outputs of the network, N × outputs; the batch may come with or without targets."""
@@ -302,12 +302,10 @@ class LiftedModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the number of sweeps and, with `save_auxiliary`, the auxiliary variables of all processes."""
-        saved: dict[str, Any] = {"version": 1, "sweeps": self.sweeps}
+        saved: dict[str, Any] = {"version": 1, "sweeps": self.sweeps, "initialised": self._initialised}
         if self.save_auxiliary and self._state is not None:
-            variables = {name: [self._gather(t) for t in ts] for name, ts in self._current_variables().items()}
-            saved |= {"variables": variables, "cache": {k: t.cpu() for k, t in self._state.cache.items()}}
             assert self._fingerprint is not None
-            saved["fingerprint"] = self._gather(self._fingerprint.value)
+            saved |= pack(self._current(), self._fingerprint.value, self._comm.size)
         checkpoint["lifted"] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -315,29 +313,16 @@ class LiftedModule(LightningModule):
         saved = checkpoint.get("lifted")
         if saved is None:
             return
-        self.sweeps = saved["sweeps"]
-        self._state = None
-        if "variables" in saved:
-            self._saved = saved
-        elif self.sweeps and self.persist is not False:
-            rank_zero_info("The checkpoint has no auxiliary variables: they start from a forward pass.")
-
-    def _current_variables(self) -> dict[str, list[Tensor]]:
-        assert self._state is not None
-        if getattr(self.algorithm, "offload", False):
-            return self._state.variables
-        return {
-            name: [getattr(self, f"auxiliary_{name}_{i}") for i in range(len(tensors))]
-            for name, tensors in self._state.variables.items()
-        }
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all processes, on the host."""
-        if self._comm.size == 1:
-            return tensor.detach().cpu()
-        parts: list[Any] = [None] * self._comm.size
-        dist.all_gather_object(parts, tensor.detach().cpu())
-        return torch.cat(parts)
-
-    def _restore(self, saved: dict[str, Any], state: LiftedState) -> None:
-        ...
+        if saved["version"] != 1:
+            raise MisconfigurationException(
+                f"Expected lifted state of version 1 in the checkpoint, but got {saved['version']}. Update "
+                "lightning-bcd."
+            )
+        self.sweeps, self._initialised = saved["sweeps"], saved["initialised"]
+        self._state, self.report = None, None
+        self._saved = saved if "variables" in saved else {}
+        if self.sweeps and not self._saved and self.persist is not False:
+            rank_zero_info(
+                "The checkpoint holds no auxiliary variables: they start from a forward pass. Use save_auxiliary=True "
+                "to continue exactly."
+            )

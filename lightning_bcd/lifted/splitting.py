@@ -88,7 +88,14 @@ class Splitting(LiftedAlgorithm):
 
     def scale_targets(self, y: Tensor) -> Tensor:
         """`target_scale` times y."""
+        assert self.target_scale is not None
         return y if self.target_scale == 1 else y * self.target_scale
+
+    @property
+    def kappa(self) -> float:
+        """κ, the factor of the loss."""
+        assert self.fit_weight is not None
+        return self.fit_weight
 
     def samples_of_mean(self, state: LiftedState) -> float:
         """What terms over samples are divided by."""

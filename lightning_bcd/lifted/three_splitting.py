@@ -23,7 +23,6 @@ from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.splitting import Splitting
 from lightning_bcd.linalg import LeastSquares, RowSolver, power_iteration
 from lightning_bcd.prox.losses import Loss
-from lightning_bcd.prox.penalties import Ridge
 
 #: Proximal gradient steps on V where a penalty on V leaves no closed form.
 PENALISED_STEPS = 50
@@ -113,7 +112,7 @@ class ThreeSplitting(Splitting):
             gamma, rho = (self.numbers(name, state.sweep, len(chain)) for name in ("gamma", "rho"))
             everything = slice(0, len(state.x))
             v_last = state.read("v", len(chain) - 1, everything)
-            total = self.fit_weight * loss.value(v_last, state.y)
+            total = self.kappa * loss.value(v_last, state.y)
             for layer, stage in enumerate(chain):
                 v_in, u, v = (
                     state.read(name, i, everything) for name, i in (("v", layer - 1), ("u", layer), ("v", layer))
@@ -124,7 +123,9 @@ class ThreeSplitting(Splitting):
                 if self.activation_penalty is not None and layer < len(chain) - 1:
                     total = total + self.activation_penalty.value(v)
             weights = zip(self.weight_penalties(len(chain)), chain, strict=True)
-            return total / self.samples_of_mean(state) + torch.stack([r.value(stage.weight) for r, stage in weights]).sum()
+            return (
+                total / self.samples_of_mean(state) + torch.stack([r.value(stage.weight) for r, stage in weights]).sum()
+            )
 
 
 class Sweep:
@@ -139,8 +140,6 @@ class Sweep:
         self.rho = algorithm.numbers("rho", state.sweep, depth)
         self.alpha = algorithm.numbers("alpha", state.sweep, depth)
         self.penalties = algorithm.weight_penalties(depth)
-        assert algorithm.fit_weight is not None
-        self.fit_weight = algorithm.fit_weight
         # "mean" divides all terms over samples by N: only sub-problems of weights and the report notice.
         self.samples = algorithm.samples_of_mean(state)
         zeros = torch.zeros(3 * depth + 1, dtype=torch.float64, device=state.x.device)
@@ -171,7 +170,7 @@ class Sweep:
         """V_l: proximal step of the loss on the last layer, else (γσ(U_l) + ρTW)(γI + ρWᵀW)⁻¹ with T = U_{l+1} − b."""
         if layer == len(self.chain) - 1:
             v = self.last_v(layer, rows, v_in)
-            self.data_fit += self.fit_weight * self.loss.value(v, self.state.y[rows])
+            self.data_fit += self.algorithm.kappa * self.loss.value(v, self.state.y[rows])
             return self.state.write("v", layer, rows, v)
         weight, centre = self.pull(layer, rows, v_in)
         target = self.state.read("u", layer + 1, rows)
@@ -194,7 +193,7 @@ class Sweep:
         centre = self.state.read("u", layer, rows) + self.skip(layer, v_in)
         if alpha:
             centre = torch.lerp(centre, self.state.read("v", layer, rows), alpha / (gamma + alpha))
-        return self.loss.prox(centre, self.fit_weight / (gamma + alpha), self.state.y[rows])
+        return self.loss.prox(centre, self.algorithm.kappa / (gamma + alpha), self.state.y[rows])
 
     def pull(self, layer: int, rows: slice, v_in: Tensor) -> tuple[float, Tensor]:
         """Weight and centre of the quadratic that the activation terms put on V_l: γ and σ(U_l)."""
@@ -227,9 +226,7 @@ class Sweep:
         """The weight that `pull` returns."""
         return self.gamma[layer]
 
-    def descend_v(
-        self, layer: int, v: Tensor, weight: float, centre: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def descend_v(self, layer: int, v: Tensor, weight: float, centre: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Proximal gradient steps on V_l, each sample with a step of its own; also ‖U_{l+1} − A(V) − b‖².
 
         Along the move D every step is shortened to θ/κ where the curvature κ = weight + ρ‖A(D)‖²/‖D‖² exceeds the
@@ -254,7 +251,7 @@ class Sweep:
     # -- U ------------------------------------------------------------------------------------------------
 
     def update_u(self, layer: int, rows: slice, v: Tensor, v_in: Tensor) -> Tensor:
-        """U_l = argmin γ/2 ‖V_l − σ(U)‖² + ρ/2 ‖U − P_l‖² + α/2 ‖U − U_old‖², P_l = V_{l-1}W_lᵀ + b_l (no α at l = L)."""
+        """U_l = argmin γ/2 ‖V_l − σ(U)‖² + ρ/2 ‖U − V_{l-1}W_lᵀ − b_l‖² + α/2 ‖U − U_old‖² (no α at l = L)."""
         stage, gamma, rho, alpha = self.chain[layer], self.gamma[layer], self.rho[layer], self.alpha[layer]
         product = stage.forward(v_in)
         a = v - self.skip(layer, v_in)
@@ -313,7 +310,7 @@ class Sweep:
             else:
                 w, b = part.step(weight, bias, **options, lipschitz=algorithm.step == "lipschitz")
             weight.copy_(w)  # views of the parameters
-            if bias is not None:
+            if bias is not None and b is not None:
                 bias.copy_(b)
             square = square + part.residual_square(weight, bias)
             if layer == 0:

@@ -15,35 +15,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, repeat
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# (low, high, slope, offset): σ(u) = slope · u + offset for low ≤ u ≤ high.
+Piece: TypeAlias = tuple[float, float, float, float]
 
+
+@dataclass(frozen=True)
 class Activation(ABC):
-    """An elementwise activation σ; calling it returns σ(u), bit for bit what the torch module computes.
+    """An elementwise activation σ. Constructors raise a ValueError for hyperparameters outside of their range."""
 
-    Attributes:
-        differentiable: Whether σ has a useful derivative (a kink is no obstacle).
-        monotone: Whether σ never falls.
-    """
-
-    differentiable: ClassVar[bool] = True
-    monotone: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True  # σ has a useful derivative; a kink is no obstacle
+    monotone: ClassVar[bool] = True  # σ never falls
 
     @abstractmethod
-    def _value(self, u: Tensor) -> Tensor: ...
+    def _value(self, u: Tensor, /) -> Tensor: ...
 
     @abstractmethod
-    def _slope(self, u: Tensor) -> Tensor: ...
+    def _slope(self, u: Tensor, /) -> Tensor: ...
 
     @abstractmethod
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor: ...
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Return σ(u), elementwise."""
+        """Return σ(u), elementwise, bit for bit what the torch module computes."""
         return self._value(u)
 
     def derivative(self, u: Tensor) -> Tensor:
@@ -55,20 +54,19 @@ class Activation(ABC):
 
         Args:
             a: The value σ(u) should take, any shape.
-            c: The value u should stay close to, shaped like a.
-            g: Weight of the second term relative to the first, above 0; a tensor is broadcast over a.
-            old: The value before the update, shaped like a. The result is never worse than it. Where the minimiser
-                has a closed form it is not read.
+            c: The value u should stay close to, broadcast over a like g and old.
+            g: Weight of the second term relative to the first, above 0.
+            old: The value before the update. The result is never worse than it. Where the minimiser has a closed form
+                it is not read.
         """
         # On a CPU the temporaries of a chunk stay in the cache; elsewhere chunks only bound the memory.
         chunk = 2**15 * torch.get_num_threads() if a.device.type == "cpu" else 2**24
-        if a.numel() <= chunk:
-            return self._solve(a, c, g, old)
         result = torch.empty_like(a, memory_format=torch.contiguous_format)
         columns: list[Iterable[Any]] = [
-            x.expand_as(a).reshape(-1).split(chunk) if isinstance(x, Tensor) else repeat(x) for x in (a, c, g, old)
+            torch.split(x.expand_as(a).reshape(-1), chunk) if isinstance(x, Tensor) else repeat(x)
+            for x in (result, a, c, g, old)
         ]
-        for part, *arguments in zip(result.view(-1).split(chunk), *columns, strict=False):
+        for part, *arguments in zip(*columns, strict=False):
             part.copy_(self._solve(*arguments))
         return result
 
@@ -87,51 +85,37 @@ class Activation(ABC):
         return best
 
 
-class Piece(NamedTuple):
-    """σ(u) = slope · u + offset for low ≤ u ≤ high."""
-
-    low: float
-    high: float
-    slope: float
-    offset: float = 0.0
-
-    def argmin(self, a: Tensor, c: Tensor, g: float | Tensor) -> Tensor:
-        """Return the minimiser of (a − σ(u))² + g (u − c)² on the piece."""
-        if self.slope == 0:
-            return c.clamp(self.low, self.high)  # c itself: the formula would round it
-        return (((a - self.offset) * self.slope + g * c) / (self.slope**2 + g)).clamp_(self.low, self.high)
-
-
 class PiecewiseLinear(Activation):
     """A continuous activation made of linear pieces."""
 
-    @property
     @abstractmethod
-    def pieces(self) -> tuple[Piece, ...]:
-        """The pieces from right to left, the order that settles ties."""
+    def _pieces(self) -> tuple[Piece, ...]:
+        """Return the pieces from right to left, the order that settles ties."""
 
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
-        return self._best(a, c, g, [piece.argmin(a, c, g) for piece in self.pieces])
+        return self._best(a, c, g, [_solve_piece(a, c, g, piece) for piece in self._pieces()])
 
 
-@dataclass(frozen=True)
 class Identity(PiecewiseLinear):
     """σ(u) = u."""
 
-    pieces = (Piece(-math.inf, math.inf, 1.0),)
     _value = staticmethod(torch.positive)
     _slope = staticmethod(torch.ones_like)
 
+    def _pieces(self) -> tuple[Piece, ...]:
+        return ((-math.inf, math.inf, 1.0, 0.0),)
 
-@dataclass(frozen=True)
+
 class ReLU(PiecewiseLinear):
     """σ(u) = max(u, 0)."""
 
-    pieces = (Piece(0.0, math.inf, 1.0), Piece(-math.inf, 0.0, 0.0))
-    _value = staticmethod(F.relu)
+    _value = staticmethod(torch.relu)
 
-    def _slope(self, u: Tensor) -> Tensor:
+    def _slope(self, u: Tensor, /) -> Tensor:
         return (u > 0).to(u.dtype)
+
+    def _pieces(self) -> tuple[Piece, ...]:
+        return (0.0, math.inf, 1.0, 0.0), (-math.inf, 0.0, 0.0, 0.0)
 
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
         """Return max(x, 0) where c ≥ min(κ a, 0), else c, with x = (a + g c)/(1 + g) and κ = 1 − √((1 + g)/g).
@@ -150,9 +134,6 @@ class LeakyReLU(PiecewiseLinear):
 
     Args:
         negative_slope: At least 0.
-
-    Raises:
-        ValueError: If the slope is negative or not finite.
     """
 
     negative_slope: float = 0.01
@@ -160,16 +141,14 @@ class LeakyReLU(PiecewiseLinear):
     def __post_init__(self) -> None:
         _check("negative_slope", 0 <= self.negative_slope < math.inf, "finite and at least 0", self.negative_slope)
 
-    def _value(self, u: Tensor) -> Tensor:
+    def _value(self, u: Tensor, /) -> Tensor:
         return F.leaky_relu(u, self.negative_slope)
 
-    def _slope(self, u: Tensor) -> Tensor:
+    def _slope(self, u: Tensor, /) -> Tensor:
         return torch.ones_like(u).masked_fill_(u <= 0, self.negative_slope)
 
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The pieces u and negative_slope · u."""
-        return Piece(0.0, math.inf, 1.0), Piece(-math.inf, 0.0, self.negative_slope)
+    def _pieces(self) -> tuple[Piece, ...]:
+        return (0.0, math.inf, 1.0, 0.0), (-math.inf, 0.0, self.negative_slope, 0.0)
 
 
 @dataclass(frozen=True)
@@ -177,11 +156,8 @@ class HardTanh(PiecewiseLinear):
     """σ(u) = min(max(u, min_val), max_val).
 
     Args:
-        min_val: Smallest value.
-        max_val: Largest value, above `min_val`.
-
-    Raises:
-        ValueError: If `max_val` is not above `min_val`, or one is not finite.
+        min_val: Smallest value, finite.
+        max_val: Largest value, finite and above `min_val`.
     """
 
     min_val: float = -1.0
@@ -191,38 +167,40 @@ class HardTanh(PiecewiseLinear):
         _check("min_val", math.isfinite(self.min_val), "finite", self.min_val)
         _check("max_val", self.min_val < self.max_val < math.inf, f"finite and above {self.min_val}", self.max_val)
 
-    def _value(self, u: Tensor) -> Tensor:
+    def _value(self, u: Tensor, /) -> Tensor:
         return F.hardtanh(u, self.min_val, self.max_val)
 
-    def _slope(self, u: Tensor) -> Tensor:
+    def _slope(self, u: Tensor, /) -> Tensor:
         return ((u > self.min_val) & (u < self.max_val)).to(u.dtype)
 
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The pieces max_val, u and min_val."""
+    def _pieces(self) -> tuple[Piece, ...]:
         low, high = self.min_val, self.max_val
-        return Piece(high, math.inf, 0.0, high), Piece(low, high, 1.0), Piece(-math.inf, low, 0.0, low)
+        return (high, math.inf, 0.0, high), (low, high, 1.0, 0.0), (-math.inf, low, 0.0, low)
 
 
 @dataclass(frozen=True)
 class ClippedReLU(HardTanh):
-    """σ(u) = min(max(u, 0), max_val): ReLU6 by default; `max_val` is positive and finite."""
+    """σ(u) = min(max(u, 0), max_val): ReLU6 by default.
+
+    Args:
+        max_val: Largest value, finite and above 0.
+    """
 
     min_val: float = field(default=0.0, init=False)
     max_val: float = 6.0
 
 
-@dataclass(frozen=True)
 class Abs(PiecewiseLinear):
     """σ(u) = |u|."""
 
     monotone = False
-    pieces = (Piece(0.0, math.inf, 1.0), Piece(-math.inf, 0.0, -1.0))
     _value = staticmethod(torch.abs)
     _slope = staticmethod(torch.sign)
 
+    def _pieces(self) -> tuple[Piece, ...]:
+        return (0.0, math.inf, 1.0, 0.0), (-math.inf, 0.0, -1.0, 0.0)
 
-@dataclass(frozen=True)
+
 class Sign(Activation):
     """σ(u) = 1 for u ≥ 0, −1 for u < 0: binary networks, out of reach of gradient methods.
 
@@ -234,7 +212,7 @@ class Sign(Activation):
     margin: ClassVar[float] = 1e-6
     _slope = staticmethod(torch.zeros_like)
 
-    def _value(self, u: Tensor) -> Tensor:
+    def _value(self, u: Tensor, /) -> Tensor:
         return (u >= 0).to(u.dtype).mul_(2).sub_(1)
 
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
@@ -250,33 +228,32 @@ class SmoothActivation(Activation):
     them, so the first and the last bracket miss none. Outside the grid the minimiser is c or has a closed form.
     """
 
-    iterations: ClassVar[int] = 12
+    iterations: ClassVar[int] = 16
     linear_tail: ClassVar[bool] = True  # σ(u) = u on the right of the grid, else constant
     turns: ClassVar[tuple[int, ...]] = ()  # grid positions of the turning points of σ
 
-    @property
     @abstractmethod
-    def grid(self) -> tuple[float, ...]:
-        """At most 52 increasing points; outside of them the bends of σ are below rounding."""
+    def _grid(self) -> Sequence[float]:
+        """Return at most 52 increasing points; outside of them the bends of σ are below rounding."""
 
     @abstractmethod
-    def _jet(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         """Return σ, σ′ and σ″, the last two without cancellation in the tails."""
 
-    def _slope(self, u: Tensor) -> Tensor:
+    def _slope(self, u: Tensor, /) -> Tensor:
         return self._jet(u)[1]
 
     @cached_property
-    def _table(self) -> list[tuple[float, float, float]]:
-        sigma, slope, _ = self._jet(torch.tensor(self.grid, dtype=torch.float64, device="cpu"))
-        return list(zip(self.grid, sigma.tolist(), slope.tolist(), strict=True))
+    def _table(self) -> Tensor:
+        points = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")
+        return torch.stack([points, *self._jet(points)[:2]])
 
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
         candidates = [c] if old is None else [old, c]
         if self.linear_tail:
             # The end itself belongs to the curved part, where σ may differ (softplus jumps).
-            beyond = self.grid[-1] * (1 + 2 * torch.finfo(a.dtype).eps)
-            candidates.append(Piece(beyond, math.inf, 1.0).argmin(a, c, g))
+            beyond = self._grid()[-1] * (1 + 2 * torch.finfo(a.dtype).eps)
+            candidates.append(_solve_piece(a, c, g, (beyond, math.inf, 1.0, 0.0)))
         candidates += [self._newton(a, c, g, *bracket) for bracket in self._brackets(a, c, g)]
         return self._best(a, c, g, candidates)
 
@@ -285,24 +262,23 @@ class SmoothActivation(Activation):
         inverse = 1 / g
         pull = a * inverse
         falls = torch.zeros(a.shape, dtype=torch.int64, device=a.device)  # bit k: f′ < 0 at point k of the grid
-        for k, (point, sigma, slope) in enumerate(self._table):
+        for k, (point, sigma, slope) in enumerate(self._table.T.tolist()):
             falls.add_(torch.add(c, pull, alpha=slope) > point + slope * sigma * inverse, alpha=1 << k)
         minima = falls & ~(falls >> 1)
-        points = torch.tensor(self.grid, dtype=a.dtype, device=a.device)
+        points = self._table[0].to(a)
         end, brackets = len(points) - 1, []
-        for begin, stop in pairwise((0, *self.turns, end + 1)):
+        for begin, stop in pairwise((0, *self.turns, end)):
             inside = minima & ((1 << stop) - (1 << begin))
-            # Two roots can hide in the neighbouring cell, where both ends have the same sign: add that cell.
-            first, last = _highest_bit(inside & -inside), _highest_bit(inside)
-            low = points[(first - (falls << 1 >> first & 1)).clamp_(min=0)]
-            brackets.append((low, points[(first + 1).clamp_(max=end)], low))
-            high = points[(last + 2 - (falls >> last + 2 & 1)).clamp_(max=end)]
+            # Without a sign change two roots may still hide next to a turning point; with one, in the next cell.
+            first, last = _highest_bit(-(lowest := inside | 1 << stop - 1) & lowest), _highest_bit(inside | 1 << begin)
+            low = points[(first - (falls << 1 >> first & 1)).clamp_(min=begin)]
+            brackets.append((low, points[first + 1], low))
+            high = points[(last + 2 - (falls >> last + 2 & 1)).clamp_(max=stop)]
             brackets.append((points[last], high, high))
         return brackets
 
-    def _newton(self, a: Tensor, c: Tensor, g: float | Tensor, low: Tensor, high: Tensor, start: Tensor) -> Tensor:
+    def _newton(self, a: Tensor, c: Tensor, g: float | Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
         """Return a root of f′ in [low, high], f′(low) < 0 ≤ f′(high); steps that leave the bracket halve it instead."""
-        u = start
         for _ in range(self.iterations):
             sigma, slope, curvature = self._jet(u)
             gap = a - sigma
@@ -311,35 +287,42 @@ class SmoothActivation(Activation):
             falling = first < 0
             low, high = torch.where(falling, u, low), torch.where(falling, high, u)
             u = u - first / second
-            u = torch.where((u > low) & (u < high), u, torch.lerp(low, high, 0.5))
+            u = torch.where((u >= low) & (u <= high), u, torch.lerp(low, high, 0.5))
         return u
 
 
+def _logistic(u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+    """Return s = 1/(1 + exp(−u)), s′ and s″; 1 − s would cancel where s is close to 1."""
+    s, rest = torch.sigmoid(u), torch.sigmoid(-u)
+    slope = s * rest
+    return s, slope, slope * (rest - s)
+
+
 # Fine where exp(−|u|) bends σ, coarse up to where it vanishes next to 1 even times a million.
-_GRID = (*(-40.0 + 3 * k for k in range(10)), *(0.75 * k for k in range(-13, 14)), *(13.0 + 3 * k for k in range(10)))
+_GRID = (*(5 * k - 9.5 for k in range(-6, 0)), *(k / 2 for k in range(-19, 20)), *(5 * k + 9.5 for k in range(1, 7)))
 
 
-@dataclass(frozen=True)
 class Sigmoid(SmoothActivation):
     """σ(u) = 1 / (1 + exp(−u))."""
 
     linear_tail = False
-    grid = _GRID
     _value = staticmethod(torch.sigmoid)
+    _jet = staticmethod(_logistic)
 
-    def _jet(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _logistic(u)
+    def _grid(self) -> Sequence[float]:
+        return _GRID
 
 
-@dataclass(frozen=True)
 class Tanh(SmoothActivation):
     """σ(u) = tanh(u)."""
 
     linear_tail = False
-    grid = tuple(u / 2 for u in _GRID)
     _value = staticmethod(torch.tanh)
 
-    def _jet(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _grid(self) -> Sequence[float]:
+        return [u / 2 for u in _GRID]
+
+    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         _, slope, curvature = _logistic(2 * u)
         return self(u), slope.mul_(4), curvature.mul_(8)
 
@@ -349,30 +332,25 @@ class Softplus(SmoothActivation):
     """σ(u) = log(1 + exp(β u)) / β, and u where β u > threshold, like `torch.nn.Softplus`.
 
     Args:
-        beta: Sharpness β, above 0.
-        threshold: Above 0. σ falls by log(1 + exp(−threshold)) / β there.
-
-    Raises:
-        ValueError: If an argument is not positive and finite.
+        beta: Sharpness β, finite and above 0.
+        threshold: Finite and above 0. σ falls by log(1 + exp(−threshold)) / β there.
     """
 
     beta: float = 1.0
     threshold: float = 20.0
 
     def __post_init__(self) -> None:
-        _check("beta", 0 < self.beta < math.inf, "positive and finite", self.beta)
-        _check("threshold", 0 < self.threshold < math.inf, "positive and finite", self.threshold)
+        for name in ("beta", "threshold"):
+            _check(name, 0 < getattr(self, name) < math.inf, "positive and finite", getattr(self, name))
 
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """From −40/β to the threshold."""
+    def _grid(self) -> Sequence[float]:
         end = min(self.threshold, _GRID[-1])
-        return tuple(u / self.beta for u in (*(u for u in _GRID if u < end), end))
+        return [u / self.beta for u in (*(u for u in _GRID if u < end), end)]
 
-    def _value(self, u: Tensor) -> Tensor:
+    def _value(self, u: Tensor, /) -> Tensor:
         return F.softplus(u, self.beta, self.threshold)
 
-    def _jet(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         slope, curvature, _ = _logistic(self.beta * u)
         linear = self.beta * u > self.threshold
         return self(u), slope.masked_fill_(linear, 1.0), curvature.mul_(self.beta).masked_fill_(linear, 0.0)
@@ -384,24 +362,23 @@ class _Gated(SmoothActivation):
     monotone = False
 
     @abstractmethod
-    def _gate(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gate(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         """Return p, p′ and p″."""
 
-    def _jet(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         gate, slope, curvature = self._gate(u)
         return self(u), torch.addcmul(gate, u, slope), torch.addcmul(2 * slope, u, curvature)
 
 
-@dataclass(frozen=True)
 class SiLU(_Gated):
     """σ(u) = u / (1 + exp(−u))."""
 
-    grid = tuple(sorted((*_GRID, -1.2784645427610738)))
-    turns = (22,)
+    turns = (23,)
     _value = staticmethod(F.silu)
+    _gate = staticmethod(_logistic)
 
-    def _gate(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _logistic(u)
+    def _grid(self) -> Sequence[float]:
+        return sorted((*_GRID, -1.2784645427610738))
 
 
 @dataclass(frozen=True)
@@ -410,22 +387,22 @@ class GELU(_Gated):
 
     Args:
         approximate: `"none"`, or `"tanh"` for Φ(u) ≈ ½ (1 + tanh(√(2/π) (u + 0.044715 u³))), like `torch.nn.GELU`.
-
-    Raises:
-        ValueError: If `approximate` is neither.
     """
 
     approximate: Literal["none", "tanh"] = "none"
-    grid = tuple(0.345 * k - 0.7517915246935645 for k in range(-24, 28))
     turns = (24,)
 
     def __post_init__(self) -> None:
         _check("approximate", self.approximate in ("none", "tanh"), "'none' or 'tanh'", self.approximate)
 
-    def _value(self, u: Tensor) -> Tensor:
+    def _grid(self) -> Sequence[float]:
+        turn = -0.7517915246935645 if self.approximate == "none" else -0.7524614220710162
+        return [turn + 0.345 * k for k in range(-24, 28)]
+
+    def _value(self, u: Tensor, /) -> Tensor:
         return F.gelu(u, approximate=self.approximate)
 
-    def _gate(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gate(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         if self.approximate == "none":
             density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
             return 0.5 * torch.erfc(u * -math.sqrt(0.5)), density, -u * density
@@ -435,11 +412,11 @@ class GELU(_Gated):
         return p, slope * inner, curvature * inner.square() + slope * (6 * k * cubic * u)
 
 
-def _logistic(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return s = 1/(1 + exp(−u)), s′ and s″; 1 − s would cancel where s is close to 1."""
-    s, rest = torch.sigmoid(u), torch.sigmoid(-u)
-    slope = s * rest
-    return s, slope, slope * (rest - s)
+def _solve_piece(a: Tensor, c: Tensor, g: float | Tensor, piece: Piece) -> Tensor:
+    low, high, slope, offset = piece
+    if slope == 0:
+        return c.clamp(low, high)  # c itself: the formula would round it
+    return (((a - offset) * slope + g * c) / (slope**2 + g)).clamp_(low, high)
 
 
 def _highest_bit(bits: Tensor) -> Tensor:
