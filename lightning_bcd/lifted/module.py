@@ -31,10 +31,7 @@ class SweepOptimizer(torch.optim.Optimizer):
     """Runs a sweep as its step, so that `trainer.global_step` counts sweeps. It reads no gradients."""
 
     def __init__(self, device: torch.device) -> None:
-        # The gradient scaler of 16-mixed precision insists on a gradient to look at.
-        placeholder = nn.Parameter(torch.zeros((), device=device))
-        placeholder.grad = torch.zeros_like(placeholder)
-        super().__init__([placeholder], {})
+        super().__init__([nn.Parameter(torch.zeros((), device=device))], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Call the closure."""
@@ -167,6 +164,8 @@ class LiftedModule(LightningModule):
         before = self.report
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        # The gradient scaler of 16-mixed precision insists on a backward pass and a gradient; this one is zero.
+        self.manual_backward(optimizer.param_groups[0]["params"][0] * 0)
         optimizer.step(closure=lambda: self._sweep(state))
         assert self.report is not None
         self._check_objective(before, self.report)
