@@ -106,20 +106,33 @@ def test_input_that_does_not_fit_is_refused_at_its_stage():
 def test_initial_weights():
     chain = Chain(MLP([6, 5, 5, 3], activation="Tanh"))
     first, second, last = chain
-    initialise(chain, "reference")
+    initialise(chain, "reference", torch.zeros(6))
     assert float(first.weight.std()) < 0.02
     assert bool((first.bias == 0.1).all())
-    initialise(chain, "identity")
+    initialise(chain, "identity", torch.zeros(6))
     torch.testing.assert_close(first.weight @ first.weight.T, torch.eye(5))
     torch.testing.assert_close(second.weight, torch.eye(5))
     torch.testing.assert_close(last.weight, torch.eye(3, 5))
-    initialise(chain, "orthogonal")
+    initialise(chain, "orthogonal", torch.zeros(6))
     torch.testing.assert_close(last.weight @ last.weight.T, torch.eye(3))
     wide = Chain(MLP([400, 300, 3]))
-    initialise(wide, "he")
+    initialise(wide, "he", torch.zeros(6))
     assert float(wide[0].weight.std()) == pytest.approx((2 / 400) ** 0.5, rel=0.02)
+    mean = torch.arange(6.0)
+    initialise(chain, "looks_linear", mean)
+    x = torch.randn(4, 6)
+    u = first.forward(x)  # 5 units: 3 of M, 2 of −M
+    torch.testing.assert_close(u[:, 3:], -u[:, :2])
+    torch.testing.assert_close(first.forward(mean[None]), torch.zeros(1, 5), atol=1e-5, rtol=0)
+    assert not last.weight.any()
+    even = Chain(MLP([6, 8, 8, 3]))
+    initialise(even, "looks_linear", mean)
+    centred = even[0].forward(x)[:, :4]
+    passed = even[1].forward(even[0].forward(x).relu())
+    # ReLU pairs hand a linear map on: lengths are kept.
+    torch.testing.assert_close(passed[:, :4].norm(dim=1), centred.norm(dim=1))
     conv = Chain(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)))
-    initialise(conv, "identity")
+    initialise(conv, "identity", torch.zeros(6))
     x = torch.randn(1, 2, 4, 4)
     torch.testing.assert_close(conv[1].forward(x), x)
 

@@ -98,7 +98,7 @@ def test_a_second_fit_continues_with_the_auxiliary_variables():
 def test_a_checkpoint_with_auxiliary_variables_resumes_bit_for_bit(tmp_path, storage):
     def algorithm():
         return ThreeSplitting(
-            alpha=0.1, gamma=lambda sweep: 1 + sweep / 10, update="prox_linear", step="lipschitz", **storage
+            alpha=0.1, gamma=lambda sweep, depth: 1 + sweep / 10, update="prox_linear", step="lipschitz", **storage
         )
 
     whole = module(algorithm(), save_auxiliary=True)

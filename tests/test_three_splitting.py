@@ -94,7 +94,7 @@ def run(algorithm, net, x, y, loss, sweeps=5):
     """Sweep; check every report against the definition; return the objectives, the first before any sweep."""
     chain = Chain(net)
     algorithm.check(chain, loss)
-    algorithm.initialise(chain)
+    algorithm.initialise(chain, x, Alone())
     state = algorithm.start(chain, x, y, Alone())
     values = [float(algorithm.objective(chain, state, loss))]
     for _ in range(sweeps):
@@ -273,7 +273,7 @@ def test_reduced_storage_stays_close():
         state = algorithm.start(chain, x, y, Alone())
         for _ in range(3):
             report = algorithm.sweep(chain, state, loss, Alone())
-        assert float(report.objective) == pytest.approx(float(algorithm.objective(chain, state, loss)), rel=1e-4)
+        assert float(report.objective) == pytest.approx(float(algorithm.objective(chain, state, loss)), rel=1e-3)
         results.append((float(report.objective), state.bytes))
     assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
     assert results[1][1] * 2 == results[0][1]
@@ -284,14 +284,72 @@ def test_schedules_follow_the_sweep():
     x, y = problem(20, 6, 3, loss)
     seen = []
 
-    def grow(sweep):
+    def grow(sweep, depth):
         seen.append(sweep)
-        return 2.0**sweep
+        return [2.0**sweep] * depth
 
     algorithm = ThreeSplitting(gamma=grow)
     assert not algorithm.descends
-    run(algorithm, network((6, 4, 3)), x, y, loss, sweeps=3)
-    assert set(seen) == {0, 1, 2, 3}
+    chain = Chain(network((6, 4, 3)))
+    state = algorithm.start(chain, x, y, Alone())
+    for _ in range(3):
+        algorithm.sweep(chain, state, loss, Alone())
+    assert seen == [0, 1, 2]
+
+
+def test_a_restart_is_a_forward_pass_and_saves_the_product_of_the_sweep():
+    loss = resolve_loss("squared")
+    x, y = problem(30, 6, 3, loss)
+    net, other = network((6, 8, 5, 3)), network((6, 8, 5, 3))
+    algorithm = ThreeSplitting(alpha=0.3, restart_every=2)
+    assert not algorithm.descends
+    chain = Chain(net)
+    state = algorithm.start(chain, x, y, Alone())
+    plain, expected = ThreeSplitting(alpha=0.3), Chain(other)
+    for sweep in range(4):
+        algorithm.sweep(chain, state, loss, Alone())
+        if sweep % 2 == 0:
+            target = plain.start(expected, x, y, Alone())
+        # Without the mark the product is computed again.
+        target.fresh = False
+        plain.sweep(expected, target, loss, Alone())
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_momentum_moves_hidden_weights_on():
+    loss = resolve_loss("squared")
+    x, y = problem(30, 6, 3, loss)
+    net, other = network((6, 8, 3)), network((6, 8, 3))
+    algorithm, plain = ThreeSplitting(alpha=0.3, momentum=0.8, restart_every=1), ThreeSplitting(alpha=0.3)
+    chain, expected = Chain(net), Chain(other)
+    state = algorithm.start(chain, x, y, Alone())
+    velocity = [torch.zeros_like(p) for p in list(other.parameters())[:2]]
+    for _ in range(3):
+        algorithm.sweep(chain, state, loss, Alone())
+        old = [p.detach().clone() for p in list(other.parameters())[:2]]
+        plain.sweep(expected, plain.start(expected, x, y, Alone()), loss, Alone())
+        for p, before, v in zip(other.parameters(), old, velocity, strict=False):
+            v.mul_(0.8).add_(p.detach() - before)
+            p.data.copy_(before + v)
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_recommended_settings_learn_hidden_features():
+    loss = resolve_loss("squared")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, generator=generator, dtype=F64)
+    labels = (x[:, 0] * x[:, 1] > 0).long()  # no linear model does better than chance
+    net = network((5, 40, 40, 40, 2))
+    algorithm = ThreeSplitting(preset="recommended")
+    chain = Chain(net)
+    algorithm.initialise(chain, x, Alone())
+    state = algorithm.start(chain, x, loss.encode(labels, 2, F64), Alone())
+    for _ in range(20):
+        algorithm.sweep(chain, state, loss, Alone())
+    with torch.no_grad():
+        assert float((net(x).argmax(1) == labels).double().mean()) > 0.97
 
 
 @pytest.mark.parametrize(
@@ -307,6 +365,8 @@ def test_schedules_follow_the_sweep():
         ({"chunk_size": 0}, "`chunk_size` to be at least 1"),
         ({"inner_iterations": 0}, "`inner_iterations` to be at least 1"),
         ({"storage_dtype": "int8"}, "`storage_dtype` to be one of"),
+        ({"restart_every": 0}, "`restart_every` to be at least 1"),
+        ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\)"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -17,8 +17,8 @@ from lightning_bcd.prox.losses import Loss
 
 #: Rows per chunk when none is given: what fits the cache of a CPU, and what fills a GPU.
 CHUNK_CPU, CHUNK_CUDA = 2048, 16384
-#: A number, one number per layer, or a function of the sweep (0, 1, …) that returns either.
-Schedule = float | Sequence[float] | Callable[[int], float | Sequence[float]]
+#: A number, one number per stage, or a function of the sweep (0, 1, …) and the number of stages that returns either.
+Schedule = float | Sequence[float] | Callable[[int, int], float | Sequence[float]]
 
 
 class Communicator(Protocol):
@@ -49,7 +49,9 @@ class LiftedState:
         variables: Name ("v", "u") → one tensor per stage, rows = samples, in their storage dtype and place.
         samples: Number of samples over all processes.
         sweep: Sweeps done.
-        cache: Sums that do not change between sweeps (the Gram matrix of the input).
+        fresh: Whether the variables are those of a forward pass with the present weights.
+        cache: What sweeps hand on about these samples (the Gram matrix of the input, warm starts).
+        velocity: What sweeps hand on about the weights (momentum).
     """
 
     x: Tensor
@@ -57,7 +59,9 @@ class LiftedState:
     variables: dict[str, list[Tensor]]
     samples: int
     sweep: int = 0
+    fresh: bool = True
     cache: dict[str, Tensor] = field(default_factory=dict)
+    velocity: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, chunk_size: int) -> Iterator[slice]:
         """Yield slices that cover the rows."""
@@ -123,8 +127,8 @@ class LiftedAlgorithm(ABC):
     Trainer.
 
     Args:
-        init: How `initialise` sets the weights: `"identity"`, `"orthogonal"`, `"he"` or `"reference"`, see
-            `initialise`; None leaves them as they are.
+        init: How to set the weights before the first sweep: `"he"`, `"orthogonal"`, `"identity"`, `"looks_linear"` or
+            `"reference"`, see `lightning_bcd.lifted.initialisation`; None leaves them as they are.
         chunk_size: Rows per chunk of a layer's update: results differ by rounding only. Chosen by device if None.
         storage_dtype: Precision the auxiliary variables are kept in, e.g. `"bfloat16"`; that of the input if None.
         offload: Keep auxiliary variables in host memory and bring in one chunk at a time.
@@ -133,7 +137,7 @@ class LiftedAlgorithm(ABC):
         ValueError: If an argument is out of range.
     """
 
-    init: Literal["identity", "orthogonal", "he", "reference"] | None = None
+    init: Literal["identity", "orthogonal", "looks_linear", "he", "reference"] | None = None
     chunk_size: int | None = None
     storage_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     offload: bool = False
@@ -169,10 +173,12 @@ class LiftedAlgorithm(ABC):
         """The targets that the sub-problems use."""
         return y
 
-    def initialise(self, chain: Chain) -> None:
-        """Set the weights as `init` says."""
+    def initialise(self, chain: Chain, x: Tensor, comm: Communicator) -> None:
+        """Set the weights as `init` says; x is the training input."""
         if self.init is not None:
-            initialise(chain, self.init)
+            sums = torch.cat([x.sum(0, dtype=torch.float64).flatten(), x.new_tensor([len(x)], dtype=torch.float64)])
+            comm.sum([sums])
+            initialise(chain, self.init, (sums[:-1] / sums[-1]).view_as(x[0]).to(x.dtype))
 
     def rows_per_chunk(self, x: Tensor) -> int:
         """Rows that are updated together."""
@@ -196,7 +202,13 @@ class LiftedAlgorithm(ABC):
         count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
         comm.sum([count])
         state = LiftedState(x, self.scale_targets(y), {}, samples=int(count))
-        device = torch.device("cpu") if self.offload else x.device
+        self.restart(chain, state)
+        return state
+
+    def restart(self, chain: Chain, state: LiftedState) -> None:
+        """Set the auxiliary variables to those of a forward pass again."""
+        x = state.x
+        options: dict[str, Any] = {"dtype": self._storage(x), "device": "cpu" if self.offload else x.device}
         with precise(x.device):
             for rows in state.rows(self.rows_per_chunk(x)):
                 for layer, stage in enumerate(self.variables(chain, x[rows])):
@@ -204,10 +216,9 @@ class LiftedAlgorithm(ABC):
                         tensors = state.variables.setdefault(name, [])
                         if len(tensors) <= layer:
                             shape = (len(x), *value.shape[1:])
-                            pinned = self.offload and x.is_cuda
-                            tensors.append(torch.empty(shape, dtype=self._storage(x), device=device, pin_memory=pinned))
+                            tensors.append(torch.empty(shape, pin_memory=self.offload and x.is_cuda, **options))
                         tensors[layer][rows].copy_(value)
-        return state
+        state.fresh = True
 
     def _storage(self, x: Tensor) -> torch.dtype:
         return getattr(torch, self.storage_dtype) if self.storage_dtype else x.dtype
@@ -231,7 +242,7 @@ def per_layer(name: str, value: Schedule, sweep: int, depth: int) -> list[float]
     Raises:
         ValueError: If there is another number of them, or one is negative or not finite.
     """
-    now: Any = value(sweep) if callable(value) else value
+    now: Any = value(sweep, depth) if callable(value) else value
     values = [float(now)] * depth if isinstance(now, int | float) else [float(v) for v in now]
     if len(values) != depth:
         raise ValueError(

@@ -187,7 +187,7 @@ class LiftedModule(LightningModule):
             needed = self.algorithm.bytes_per_sample(self.chain, x) * len(x)
             rank_zero_info(check_memory(needed, x.device, self.algorithm.offload))
         if not self._initialised:
-            self.algorithm.initialise(self.chain)
+            self.algorithm.initialise(self.chain, x, self._comm)
             if self._comm.size > 1:  # the random numbers of rank 0 for all
                 broadcast_tensors(self.network)
             self._initialised = True
@@ -243,7 +243,8 @@ class LiftedModule(LightningModule):
             layer, term = after.largest_rise(before)
             rank_zero_warn(
                 f"The objective rose by {rise:.3g} to {value:.6g} in sweep {self.sweeps}, most in the {term} term of "
-                f"stage '{self.chain[layer].name}'. With exact sub-problems it cannot: use a larger `alpha`, or float64."
+                f"stage '{self.chain[layer].name}'. With exact sub-problems it cannot: use a larger `alpha`, or "
+                "float64."
             )
 
     # -- logging ------------------------------------------------------------------------------------------

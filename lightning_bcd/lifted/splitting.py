@@ -16,6 +16,41 @@ from lightning_bcd.prox.penalties import NoPenalty, Penalty
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growing:
+    """Penalties that grow from the first stage to the last, so that targets reach the first stage in one sweep.
+
+    V_l follows the stage above it when ρ_{l+1}‖W‖² is large beside γ_l, and U_l follows V_l when γ_l is large beside
+    ρ_l. With constant ratios every sweep is close to a Gauss-Newton step for all stages. γ_L = 1.
+
+    Args:
+        activation: γ_l / ρ_l.
+        linear: ρ_{l+1} / γ_l.
+        last: ρ_L / γ_{L-1}.
+        proximal: α_l / ρ_l.
+    """
+
+    activation: float
+    linear: float
+    last: float
+    proximal: float
+
+    def gamma(self, sweep: int, depth: int) -> list[float]:
+        """γ of every stage."""
+        values = [1.0]
+        for stage in range(depth - 1):
+            values.append(values[-1] / self.activation / (self.last if stage == 0 else self.linear))
+        return values[::-1]
+
+    def rho(self, sweep: int, depth: int) -> list[float]:
+        """ρ of every stage."""
+        return [value / self.activation for value in self.gamma(sweep, depth)]
+
+    def alpha(self, sweep: int, depth: int) -> list[float]:
+        """α of every stage."""
+        return [value * self.proximal for value in self.rho(sweep, depth)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Splitting(LiftedAlgorithm):
     """Hyperparameters of a penalty splitting; see the algorithms themselves.
 
@@ -30,7 +65,7 @@ class Splitting(LiftedAlgorithm):
         activation_penalty: s(V) of the hidden activations.
         bias_update: `"exact"` (after W), `"joint"` (with W) or `"reference"` (with the old W). `"exact"` if None.
         reduction: `"sum"` or `"mean"` over samples. With `"mean"` all terms over samples are divided by N, so that
-            `alpha` and penalties on weights do not depend on it.
+            `alpha` and penalties on weights do not depend on it. `"sum"` if None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -44,7 +79,7 @@ class Splitting(LiftedAlgorithm):
     weight_penalty: Penalty | Sequence[Penalty] | None = None
     activation_penalty: Penalty | None = None
     bias_update: BiasUpdate | None = None
-    reduction: Literal["sum", "mean"] = "sum"
+    reduction: Literal["sum", "mean"] | None = None
 
     #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}

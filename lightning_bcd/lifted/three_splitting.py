@@ -20,10 +20,12 @@ from torch import Tensor
 
 from lightning_bcd.lifted.algorithm import Communicator, LiftedState, Report, Schedule, check_choice, precise
 from lightning_bcd.lifted.chain import Chain
-from lightning_bcd.lifted.splitting import Splitting
+from lightning_bcd.lifted.splitting import Growing, Splitting
 from lightning_bcd.linalg import LeastSquares, RowSolver, power_iteration
 from lightning_bcd.prox.losses import Loss
 
+#: Ratios of the recommended preset.
+GROWING = Growing(activation=6.0, linear=6.0, last=3000.0, proximal=0.003)
 #: Proximal gradient steps on V where a penalty on V leaves no closed form.
 PENALISED_STEPS = 50
 
@@ -42,6 +44,9 @@ class ThreeSplitting(Splitting):
         order: `"backward"` from the last layer to the first (the paper), or `"forward"`.
         step: Length of gradient steps: `"exact"` along the gradient, or `"lipschitz"`.
         inner_iterations: Gradient steps per V-update of a prox-linear stage.
+        restart_every: Set the auxiliary variables to those of a forward pass before every k-th sweep; never if None.
+        momentum: β in [0, 1): after a sweep the weights of hidden stages move on by β times their last move (heavy
+            ball). 0 if None. The report is that of the sweep, before this move.
 
     The other arguments are those of `Splitting`.
 
@@ -54,6 +59,8 @@ class ThreeSplitting(Splitting):
     order: Literal["backward", "forward"] = "backward"
     step: Literal["exact", "lipschitz"] = "exact"
     inner_iterations: int = 1
+    restart_every: int | None = None
+    momentum: float | None = None
 
     #: Whether residual stages are accepted.
     skips: ClassVar[bool] = False
@@ -65,8 +72,21 @@ class ThreeSplitting(Splitting):
             "fit_weight": 1.0,
             "target_scale": 1.0,
             "bias_update": "exact",
+            "reduction": "sum",
+            "momentum": 0.0,
         },
         "reference": {"alpha": 5.0, "bias_update": "reference", "init": "reference"},
+        "recommended": {
+            "gamma": GROWING.gamma,
+            "rho": GROWING.rho,
+            "alpha": GROWING.alpha,
+            "fit_weight": 10.0,
+            "bias_update": "joint",
+            "reduction": "mean",
+            "init": "looks_linear",
+            "restart_every": 1,
+            "momentum": 0.9,
+        },
     }
 
     def __post_init__(self) -> None:
@@ -76,11 +96,19 @@ class ThreeSplitting(Splitting):
         check_choice("step", self.step, ["exact", "lipschitz"])
         if self.inner_iterations < 1:
             raise ValueError(f"Expected argument `inner_iterations` to be at least 1, but got {self.inner_iterations}.")
+        if self.restart_every is not None and self.restart_every < 1:
+            raise ValueError(
+                f"Expected argument `restart_every` to be at least 1 or None, but got {self.restart_every}."
+            )
+        assert self.momentum is not None
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"Expected argument `momentum` to be in [0, 1), but got {self.momentum}. Use e.g. 0.9.")
 
     @property
     def descends(self) -> bool:
-        """Whether the objective can never rise: constant γ and ρ, and a bias that is updated after its weights."""
-        return self.constant and self.bias_update != "reference"
+        """Whether the objective can never rise: γ, ρ constant, b updated after or with W, no restart, no momentum."""
+        steady = self.restart_every is None and not self.momentum
+        return self.constant and steady and self.bias_update != "reference"
 
     def check(self, chain: Chain, loss: Loss) -> None:
         """Raise a ValueError for residual stages, or if hyperparameters do not suit the chain or the loss."""
@@ -101,7 +129,16 @@ class ThreeSplitting(Splitting):
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
         """Update every block once (Algorithm 2 of [1])."""
         with precise(state.x.device):
-            return self._sweep(chain, state, loss, comm).run()
+            if self.restart_every is not None and state.sweep % self.restart_every == 0 and not state.fresh:
+                self.restart(chain, state)
+            before = [p.clone() for p in _hidden(chain)] if self.momentum else []
+            report = self._sweep(chain, state, loss, comm).run()
+            for index, (p, old) in enumerate(zip(_hidden(chain), before, strict=False)):
+                move = p - old
+                last = state.velocity.get(str(index))
+                state.velocity[str(index)] = move if last is None else move.add_(last, alpha=self.momentum or 0.0)
+                p.copy_(old + move)
+            return report
 
     def _sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Sweep:
         return Sweep(self, chain, state, loss, comm)
@@ -146,6 +183,9 @@ class Sweep:
         self.sums = zeros
         self.coupling, self.linear, self.on_v = zeros[:depth], zeros[depth : 2 * depth], zeros[2 * depth : 3 * depth]
         self.data_fit = zeros[-1:]
+        # After a forward pass U_l is the product that a backward sweep needs.
+        exact = algorithm.activation_penalty is None and state.variables["u"][0].dtype == state.x.dtype
+        self.fresh = state.fresh and algorithm.order == "backward" and exact
         self.solver: RowSolver | None = None
         self.bound: Tensor | None = None
 
@@ -162,6 +202,7 @@ class Sweep:
                 self.collect(layer, least_squares, v_in, u)
             self.update_w(layer, least_squares)
         self.state.sweep += 1
+        self.state.fresh = False
         return self.report()
 
     # -- V ------------------------------------------------------------------------------------------------
@@ -253,7 +294,7 @@ class Sweep:
     def update_u(self, layer: int, rows: slice, v: Tensor, v_in: Tensor) -> Tensor:
         """U_l = argmin γ/2 ‖V_l − σ(U)‖² + ρ/2 ‖U − V_{l-1}W_lᵀ − b_l‖² + α/2 ‖U − U_old‖² (no α at l = L)."""
         stage, gamma, rho, alpha = self.chain[layer], self.gamma[layer], self.rho[layer], self.alpha[layer]
-        product = stage.forward(v_in)
+        product = self.state.read("u", layer, rows) if self.fresh else stage.forward(v_in)
         a = v - self.skip(layer, v_in)
         if layer == len(self.chain) - 1:
             u = torch.lerp(a, product, rho / (gamma + rho))
@@ -337,6 +378,11 @@ class Sweep:
                 "linear": list((self.linear / entries).sqrt().unbind()),
             },
         )
+
+
+def _hidden(chain: Chain) -> list[Tensor]:
+    """Weights and biases of all stages but the last."""
+    return [p for stage in list(chain)[:-1] for p in (stage.weight, stage.bias) if p is not None]
 
 
 def _row_squares(t: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise, repeat
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -23,6 +22,9 @@ from torch.nn import functional as F
 
 # (low, high, slope, offset): σ(u) = slope · u + offset for low ≤ u ≤ high.
 Piece: TypeAlias = tuple[float, float, float, float]
+
+# Fine where exp(−|u|) bends σ, coarse up to where it vanishes next to 1 even times a million.
+_GRID = (*(5 * k - 9.5 for k in range(-6, 0)), *(k / 2 for k in range(-19, 20)), *(5 * k + 9.5 for k in range(1, 7)))
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,12 @@ class ReLU(PiecewiseLinear):
         value a² of c exactly when c ≥ κ a, and x > 0 then. Ties go to x.
         """
         kappa = -1 / (g + (g * (1 + g)) ** 0.5)  # 1 − √(1 + 1/g) would cancel for large g
-        threshold = (kappa * a).clamp_(max=0)
-        return torch.where(c >= threshold, torch.lerp(c, a, 1 / (1 + g)).relu_(), c)
+        return torch.where(c >= (kappa * a).clamp_(max=0), torch.lerp(c, a, 1 / (1 + g)).relu_(), c)
 
 
 @dataclass(frozen=True)
 class LeakyReLU(PiecewiseLinear):
-    """σ(u) = u for u > 0, else negative_slope · u.
-
-    Args:
-        negative_slope: At least 0.
-    """
+    """σ(u) = u for u > 0, else negative_slope · u; the slope is at least 0."""
 
     negative_slope: float = 0.01
 
@@ -153,12 +150,7 @@ class LeakyReLU(PiecewiseLinear):
 
 @dataclass(frozen=True)
 class HardTanh(PiecewiseLinear):
-    """σ(u) = min(max(u, min_val), max_val).
-
-    Args:
-        min_val: Smallest value, finite.
-        max_val: Largest value, finite and above `min_val`.
-    """
+    """σ(u) = min(max(u, min_val), max_val); both are finite and `min_val` is the smaller one."""
 
     min_val: float = -1.0
     max_val: float = 1.0
@@ -180,11 +172,7 @@ class HardTanh(PiecewiseLinear):
 
 @dataclass(frozen=True)
 class ClippedReLU(HardTanh):
-    """σ(u) = min(max(u, 0), max_val): ReLU6 by default.
-
-    Args:
-        max_val: Largest value, finite and above 0.
-    """
+    """σ(u) = min(max(u, 0), max_val), ReLU6 by default; `max_val` is finite and above 0."""
 
     min_val: float = field(default=0.0, init=False)
     max_val: float = 6.0
@@ -230,11 +218,11 @@ class SmoothActivation(Activation):
 
     iterations: ClassVar[int] = 16
     linear_tail: ClassVar[bool] = True  # σ(u) = u on the right of the grid, else constant
-    turns: ClassVar[tuple[int, ...]] = ()  # grid positions of the turning points of σ
+    turns: ClassVar[tuple[int, ...]] = ()  # grid points at (GELU: next to) the turning points of σ
 
-    @abstractmethod
     def _grid(self) -> Sequence[float]:
         """Return at most 52 increasing points; outside of them the bends of σ are below rounding."""
+        return _GRID
 
     @abstractmethod
     def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,31 +231,27 @@ class SmoothActivation(Activation):
     def _slope(self, u: Tensor, /) -> Tensor:
         return self._jet(u)[1]
 
-    @cached_property
-    def _table(self) -> Tensor:
-        points = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")
-        return torch.stack([points, *self._jet(points)[:2]])
-
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
         candidates = [c] if old is None else [old, c]
         if self.linear_tail:
-            # The end itself belongs to the curved part, where σ may differ (softplus jumps).
-            beyond = self._grid()[-1] * (1 + 2 * torch.finfo(a.dtype).eps)
-            candidates.append(_solve_piece(a, c, g, (beyond, math.inf, 1.0, 0.0)))
+            # Where softplus jumps, the end of the curved part can be the minimiser.
+            end = self._grid()[-1]
+            beyond = (end * (1 + 2 * torch.finfo(a.dtype).eps), math.inf, 1.0, 0.0)
+            candidates += [torch.full_like(a, end), _solve_piece(a, c, g, beyond)]
         candidates += [self._newton(a, c, g, *bracket) for bracket in self._brackets(a, c, g)]
         return self._best(a, c, g, candidates)
 
     def _brackets(self, a: Tensor, c: Tensor, g: float | Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return (low, high, start) of the first and the last bracket between neighbouring turning points."""
-        inverse = 1 / g
-        pull = a * inverse
+        points = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")
+        table = torch.stack([points, *self._jet(points)[:2]], dim=1).tolist()
+        inverse, pull = 1 / g, a / g
         falls = torch.zeros(a.shape, dtype=torch.int64, device=a.device)  # bit k: f′ < 0 at point k of the grid
-        for k, (point, sigma, slope) in enumerate(self._table.T.tolist()):
+        for k, (point, sigma, slope) in enumerate(table):
             falls.add_(torch.add(c, pull, alpha=slope) > point + slope * sigma * inverse, alpha=1 << k)
         minima = falls & ~(falls >> 1)
-        points = self._table[0].to(a)
-        end, brackets = len(points) - 1, []
-        for begin, stop in pairwise((0, *self.turns, end)):
+        points, brackets = points.to(a), []
+        for begin, stop in pairwise((0, *self.turns, len(table) - 1)):
             inside = minima & ((1 << stop) - (1 << begin))
             # Without a sign change two roots may still hide next to a turning point; with one, in the next cell.
             first, last = _highest_bit(-(lowest := inside | 1 << stop - 1) & lowest), _highest_bit(inside | 1 << begin)
@@ -281,9 +265,8 @@ class SmoothActivation(Activation):
         """Return a root of f′ in [low, high], f′(low) < 0 ≤ f′(high); steps that leave the bracket halve it instead."""
         for _ in range(self.iterations):
             sigma, slope, curvature = self._jet(u)
-            gap = a - sigma
-            first = (u - c).mul_(g).sub_(slope * gap)
-            second = slope.square().sub_(curvature * gap).add_(g)
+            first = (u - c).mul_(g).addcmul_(slope, sigma - a)
+            second = slope.square().addcmul_(curvature, sigma - a).add_(g)
             falling = first < 0
             low, high = torch.where(falling, u, low), torch.where(falling, high, u)
             u = u - first / second
@@ -298,19 +281,12 @@ def _logistic(u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
     return s, slope, slope * (rest - s)
 
 
-# Fine where exp(−|u|) bends σ, coarse up to where it vanishes next to 1 even times a million.
-_GRID = (*(5 * k - 9.5 for k in range(-6, 0)), *(k / 2 for k in range(-19, 20)), *(5 * k + 9.5 for k in range(1, 7)))
-
-
 class Sigmoid(SmoothActivation):
     """σ(u) = 1 / (1 + exp(−u))."""
 
     linear_tail = False
     _value = staticmethod(torch.sigmoid)
     _jet = staticmethod(_logistic)
-
-    def _grid(self) -> Sequence[float]:
-        return _GRID
 
 
 class Tanh(SmoothActivation):
@@ -356,33 +332,22 @@ class Softplus(SmoothActivation):
         return self(u), slope.masked_fill_(linear, 1.0), curvature.mul_(self.beta).masked_fill_(linear, 0.0)
 
 
-class _Gated(SmoothActivation):
-    """σ(u) = u p(u), p a distribution function: σ falls to its only turning point, then rises."""
-
-    monotone = False
-
-    @abstractmethod
-    def _gate(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
-        """Return p, p′ and p″."""
-
-    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
-        gate, slope, curvature = self._gate(u)
-        return self(u), torch.addcmul(gate, u, slope), torch.addcmul(2 * slope, u, curvature)
-
-
-class SiLU(_Gated):
+class SiLU(SmoothActivation):
     """σ(u) = u / (1 + exp(−u))."""
 
+    monotone = False
     turns = (23,)
     _value = staticmethod(F.silu)
-    _gate = staticmethod(_logistic)
 
     def _grid(self) -> Sequence[float]:
         return sorted((*_GRID, -1.2784645427610738))
 
+    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+        return self(u), *_gated(u, *_logistic(u))
+
 
 @dataclass(frozen=True)
-class GELU(_Gated):
+class GELU(SmoothActivation):
     """σ(u) = u Φ(u), Φ the standard normal distribution function.
 
     Args:
@@ -390,26 +355,31 @@ class GELU(_Gated):
     """
 
     approximate: Literal["none", "tanh"] = "none"
+    monotone = False
     turns = (24,)
 
     def __post_init__(self) -> None:
         _check("approximate", self.approximate in ("none", "tanh"), "'none' or 'tanh'", self.approximate)
 
     def _grid(self) -> Sequence[float]:
-        turn = -0.7517915246935645 if self.approximate == "none" else -0.7524614220710162
-        return [turn + 0.345 * k for k in range(-24, 28)]
+        return [0.345 * k - 0.7521 for k in range(-24, 28)]
 
     def _value(self, u: Tensor, /) -> Tensor:
         return F.gelu(u, approximate=self.approximate)
 
-    def _gate(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+    def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         if self.approximate == "none":
             density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-            return 0.5 * torch.erfc(u * -math.sqrt(0.5)), density, -u * density
+            return self(u), *_gated(u, 0.5 * torch.erfc(u * -math.sqrt(0.5)), density, -u * density)
         k, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
         p, slope, curvature = _logistic(k * (u + cubic * u**3))
         inner = k * (1 + 3 * cubic * u * u)
-        return p, slope * inner, curvature * inner.square() + slope * (6 * k * cubic * u)
+        return self(u), *_gated(u, p, slope * inner, curvature * inner.square() + slope * (6 * k * cubic * u))
+
+
+def _gated(u: Tensor, p: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first two derivatives of u p(u), given p, p′ and p″."""
+    return torch.addcmul(p, u, slope), torch.addcmul(2 * slope, u, curvature)
 
 
 def _solve_piece(a: Tensor, c: Tensor, g: float | Tensor, piece: Piece) -> Tensor:

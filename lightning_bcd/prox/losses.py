@@ -296,7 +296,7 @@ def _cross_entropy_newton(v: Tensor, t: float, y: Tensor) -> Tensor:
         excess = torch.log(total)
         low, high = torch.where(excess > 0, s, low), torch.where(excess > 0, high, s)
         newton = s + total * excess / slope
-        s = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        s = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
     ell = _log_omega(shift - s)
     # The first is exact to rounding in u − v, which large τ multiplies; the second in u.
     return v + t * (y - tau * torch.exp(ell)) if tau > 1 else ell + s + log_tau
