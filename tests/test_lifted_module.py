@@ -94,7 +94,7 @@ def test_a_second_fit_continues_with_the_auxiliary_variables():
     assert same(weights(model.network), weights(whole.network))
 
 
-@pytest.mark.parametrize("storage", [{}, {"storage_dtype": "float32"}, {"offload": True}])
+@pytest.mark.parametrize("storage", [{}, {"storage_dtype": "float32"}, {"offload": True}, {"momentum": 0.5}])
 def test_a_checkpoint_with_auxiliary_variables_resumes_bit_for_bit(tmp_path, storage):
     def algorithm():
         return ThreeSplitting(
@@ -149,6 +149,24 @@ def test_mini_batches_start_from_a_forward_pass_each():
             state = expected.algorithm.start(expected.chain, rows, target, expected._comm)
             expected.algorithm.sweep(expected.chain, state, expected.loss, expected._comm)
     assert same(weights(model.network), weights(expected.network))
+
+
+def test_momentum_goes_on_from_batch_to_batch_and_through_checkpoints(tmp_path):
+    x, y = samples()
+
+    def make(seed=0):
+        return module(ThreeSplitting(alpha=5.0, momentum=0.7), seed=seed)
+
+    def batches():
+        return DataLoader(TensorDataset(x, y), batch_size=16)
+
+    whole, plain, part, resumed = make(), module(ThreeSplitting(alpha=5.0)), make(), make(seed=1)
+    fit(whole, 2, loader=batches())
+    fit(plain, 2, loader=batches())
+    assert not same(weights(whole.network), weights(plain.network))
+    fit(part, 1, loader=batches()).save_checkpoint(tmp_path / "part.ckpt")
+    trainer(max_epochs=2).fit(resumed, batches(), ckpt_path=tmp_path / "part.ckpt")
+    assert same(weights(resumed.network), weights(whole.network))
 
 
 def test_callbacks_of_lightning_see_sweeps_and_the_objective(tmp_path):
@@ -212,7 +230,7 @@ def test_bad_data_is_refused_before_anything_changes(name):
 
 
 def test_a_batch_that_is_no_pair_is_refused():
-    with pytest.raises(MisconfigurationException, match="pair .x, y. of tensors"):
+    with pytest.raises(MisconfigurationException, match=r"pair \(x, y\) of tensors"):
         fit(module(), 1, loader=[samples()[0]])
 
 

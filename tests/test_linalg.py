@@ -141,7 +141,7 @@ def test_a_singular_matrix_is_factored_with_jitter_and_a_hopeless_one_refused():
     singular = v.T @ v
     lower = factor(singular)
     torch.testing.assert_close(lower @ lower.T, singular, atol=1e-6, rtol=0)
-    with pytest.raises(torch.linalg.LinAlgError, match="my matrix to have full rank.*`alpha` > 0"):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"my matrix to have full rank.*`alpha` > 0"):
         factor(-torch.eye(3, dtype=F64), "my matrix")
     with pytest.raises(torch.linalg.LinAlgError, match="my matrix to be finite"):
         factor(torch.full((3, 3), torch.nan, dtype=F64), "my matrix")

@@ -38,6 +38,7 @@ import torch
 from meters import CLOCKS, now, print_table, size_of, use_clock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_bcd import MNISTDataModule
@@ -160,17 +161,11 @@ def necessary_flops(widths: Sequence[int], samples: int, gram: float = 1.0) -> f
     return 2 * samples * total
 
 
-def matmul_rate(rows: int, d: int, device: str) -> float:
-    """FLOPs per second of float32 products (rows × d)(d × d): median of 10 measurements."""
-    a, b = torch.randn(rows, d, device=device), torch.randn(d, d, device=device)
-    times = 1 + int((1e12 if device == "cuda" else 2e10) / (2 * rows * d * d))
-    rates = []
-    for _ in range(11):  # the first one warms up
-        start = now()
-        for _ in range(times):
-            a @ b
-        rates.append(2 * rows * d * d * times / (now() - start))
-    return statistics.median(rates[1:])
+def matmul_rate(rows: int, d: int, x: Tensor) -> float:
+    """FLOPs per second of products (rows × d)(d × d), in the dtype, on the device and with the threads of x."""
+    operands = {"a": torch.randn(rows, d).to(x), "b": torch.randn(d, d).to(x)}
+    timer = Timer("a @ b", timer=now, globals=operands, num_threads=torch.get_num_threads())
+    return 2 * rows * d * d / timer.blocked_autorange(min_run_time=2).median
 
 
 def peak_bytes(device: str) -> int:
@@ -205,7 +200,7 @@ def run_row(row: str, name: str, options: argparse.Namespace, file: Path) -> dic
         with FlopCounterMode(display=False) as counter:
             runner.sweep()
         found["flops"] = counter.get_total_flops()
-        found["rate"] = matmul_rate(algorithm.rows_per_chunk(x), max(widths[1:]), device)
+        found["rate"] = matmul_rate(algorithm.rows_per_chunk(x), max(widths[1:]), x)
     return found
 
 
@@ -273,6 +268,8 @@ def load(options: argparse.Namespace, file: Path) -> None:
         data = MNISTDataModule(options.data_dir, flatten=True, val_fraction=0.0)
         data.setup("fit")
         assert data.train_set is not None
+        if options.samples > len(data.train_set):
+            raise ValueError(f"Expected at most {len(data.train_set)} samples, but got {options.samples}. Use fewer.")
         x, labels = (t.clone() for t in data.train_set[: options.samples])
     torch.save((x, labels), file)
 
@@ -326,7 +323,7 @@ def show(name: str, found: dict[str, list[dict[str, Any]]], options: argparse.Na
             done, rate = run["flops"] / run["seconds"], run["rate"]
             print(f"{row}: {done / 1e9:.1f} GFLOP/s, {done / rate:.3f} of the rate of a float32 product of a ", end="")
             print(f"chunk with a square matrix ({rate / 1e9:.1f} GFLOP/s, measured after the sweeps)")
-    for run in found.get("ours-report", []):
+    for run in found.get("ours-report", [])[-1:]:
         values = [objective for objective, _ in run["reported"]]
         changes = [(new - old) / old for old, new in pairwise(values)]
         print(f"ours: objective {values[0]:.8g} after one sweep, {values[-1]:.8g} after {len(values)}; ", end="")
@@ -379,10 +376,11 @@ def main() -> None:
                 return pool.submit(function, *arguments, options, file).result()
 
         fresh(load)
-        for name in options.nets:
+        rows = [row for row in options.rows if row != "residual"]
+        for name in options.nets if rows else ():
             widths, alpha = network_of(name, options)
             print("-".join(map(str, widths)) + f", α = {alpha:g}\n", flush=True)
-            found: dict[str, list[dict[str, Any]]] = {row: [] for row in options.rows if row != "residual"}
+            found: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
             for _ in range(options.rounds):
                 for row, runs in found.items():
                     runs.append(fresh(run_row, row, name))

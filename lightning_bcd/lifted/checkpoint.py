@@ -22,6 +22,7 @@ def pack(state: LiftedState, fingerprint: Tensor, processes: int) -> dict[str, A
     """
     return {
         "variables": {name: [_gather(t, processes) for t in tensors] for name, tensors in state.variables.items()},
+        "fresh": state.fresh,
         "cache": {name: tensor.cpu().clone() for name, tensor in state.cache.items()},
         "fingerprints": _gather(fingerprint[None], processes),
     }
@@ -49,6 +50,7 @@ def restore(saved: dict[str, Any], state: LiftedState, fingerprint: Tensor, proc
     for name, tensors in state.variables.items():
         for tensor, everything in zip(tensors, saved["variables"][name], strict=True):
             tensor.copy_(everything[first : first + len(tensor)])
+    state.fresh = saved["fresh"]
     state.cache.update({name: tensor.to(state.x.device) for name, tensor in saved["cache"].items()})
 
 

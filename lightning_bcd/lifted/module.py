@@ -107,6 +107,7 @@ class LiftedModule(LightningModule):
         self._state: LiftedState | None = None
         self._fingerprint: Fingerprint | None = None
         self._saved: dict[str, Any] = {}
+        self._velocity: dict[str, Tensor] = {}
         self._comm: Communicator = Alone()
         self._warned = False
 
@@ -192,7 +193,7 @@ class LiftedModule(LightningModule):
                 broadcast_tensors(self.network)
             self._initialised = True
         state = self.algorithm.start(self.chain, x, y, self._comm)
-        state.sweep = self.sweeps
+        state.sweep, state.velocity = self.sweeps, self._velocity
         if self._persists:
             self._fingerprint = Fingerprint(x, targets)
             if self._saved:
@@ -301,8 +302,10 @@ class LiftedModule(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the number of sweeps and, with `save_auxiliary`, the auxiliary variables of all processes."""
+        """Store the number of sweeps, momentum and, with `save_auxiliary`, the auxiliary variables of all processes."""
+        velocity = {name: tensor.cpu().clone() for name, tensor in self._velocity.items()}
         saved: dict[str, Any] = {"version": 1, "sweeps": self.sweeps, "initialised": self._initialised}
+        saved["velocity"] = velocity
         if self.save_auxiliary and self._state is not None:
             assert self._fingerprint is not None
             saved |= pack(self._current(), self._fingerprint.value, self._comm.size)
@@ -319,6 +322,7 @@ class LiftedModule(LightningModule):
                 "lightning-bcd."
             )
         self.sweeps, self._initialised = saved["sweeps"], saved["initialised"]
+        self._velocity = {name: tensor.to(self.device) for name, tensor in saved["velocity"].items()}
         self._state, self.report = None, None
         self._saved = saved if "variables" in saved else {}
         if self.sweeps and not self._saved and self.persist is not False:

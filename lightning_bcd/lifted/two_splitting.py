@@ -32,7 +32,9 @@ from lightning_bcd.prox.penalties import NoPenalty
 
 #: Factors of L after a step that the bound held for, and after one it did not hold for.
 RELAX, TIGHTEN = 0.8, 2.0
-#: Machine epsilons, relative, that a step may rise by: rounding must not decide what is kept.
+#: Limits of L for weights, in units of γ: steps that always fit, or never, would drive it to 0 or infinity.
+LEAST, MOST = 1e-4, 1e6
+#: Rises below this many standard deviations of rounding count as none: rounding must not decide what is kept.
 SLACK = 4
 
 
@@ -124,6 +126,7 @@ class Fit:
     bias: Tensor
     sums: list[LeastSquares]  # per group, of V_l (σ the identity) or σ′(P_l) E on V_{l-1}
     misfit: Tensor  # ‖E‖²
+    noise: Tensor  # variance of ½ ‖E‖² by rounding, in units of the machine epsilon
 
 
 class Sweep:
@@ -206,10 +209,9 @@ class Sweep:
             new_product = stage.forward(new)
             new_error = stage.activation(new_product) - target
             # ½‖E_new‖² − ½‖E‖² − ⟨σ′(P)E, ΔP⟩, as differences: next to a large error no digits are lost.
-            rise = (
-                (new_error - error) * (new_error + error) / 2 - slope * (new_product - product) - slack * error.square()
-            )
-            fits = gamma * _per_sample(rise, v) <= bound / 2 * _per_sample((new - v).square(), v)
+            rise = (new_error - error) * (new_error + error) / 2 - slope * (new_product - product)
+            rise = _per_sample(rise, v) - slack * _per_sample(_noise(error, target), v).sqrt()
+            fits = gamma * rise <= bound / 2 * _per_sample((new - v).square(), v)
             v, product, error = (
                 torch.where(fits.view(-1, *[1] * (then.dim() - 1)), now, then)
                 for now, then in ((new, v), (new_product, product), (new_error, error))
@@ -245,18 +247,19 @@ class Sweep:
         """Pass over the samples and collect sums with these weights, after updating V_l if asked to."""
         stage, m = self.chain[layer], len(weight) // len(grams)
         sums = [LeastSquares(weight.shape[1], m, weight.device, gram=gram) for gram in grams]
-        fit = Fit(weight, bias, sums, torch.zeros_like(self.terms[0]))
+        fit = Fit(weight, bias, sums, *torch.zeros_like(self.terms[:2]).unbind())
         for rows in self.state.rows(self.algorithm.rows_per_chunk(self.state.x)):
             v_in = self.state.read("v", layer - 1, rows)
             product = stage.apply(v_in, weight.view_as(stage.weight), bias)
             v = self.update_v(layer, rows, product) if update else self.state.read("v", layer, rows)
             error = stage.activation(product) - v
             fit.misfit += error.square().sum(dtype=torch.float64)
+            fit.noise += _noise(error, v).sum(dtype=torch.float64)
             goal = v if isinstance(stage.activation, Identity) else stage.activation.derivative(product) * error
             parts = (t.chunk(stage.groups, 1) for t in (stage.rows(v_in), stage.columns(goal)))
             for group, z, t in zip(sums, *parts, strict=True):
                 group.add(z, t)
-        self.comm.sum([fit.misfit, *(total for group in sums for total in group.totals)])
+        self.comm.sum([fit.misfit, fit.noise, *(total for group in sums for total in group.totals)])
         return fit
 
     def solve(self, layer: int, at: Fit, sums: list[LeastSquares], bias_update: BiasUpdate) -> tuple[Tensor, Tensor]:
@@ -277,9 +280,10 @@ class Sweep:
         """Minimise the bound, a least squares problem, and keep what lowers the sub-problem of W_l and b_l.
 
         L is in units of γ and stays from sweep to sweep: 1 is right for the linear pieces of ReLU. The minimum of a
-        bound lies at least γL/2 ‖ΔP‖² below the start: where the sub-problem fell by less, L was too small.
+        bound (r convex) lies at least γL/2 ‖ΔP‖² below the start: where the sub-problem fell by less, L was too small.
         """
         gamma, alpha, penalty = self.gamma[layer] / self.samples, self.alpha[layer], self.penalties[layer]
+        slack = SLACK * torch.finfo(fit.weight.dtype).eps
         shape, old, key = self.chain[layer].weight.shape, replace(fit), f"bound_{layer}"
 
         def value(at: Fit) -> Tensor:
@@ -291,15 +295,15 @@ class Sweep:
             weight, bias = self.solve(layer, fit, _bounds(fit, bound, old, alpha / gamma), "joint")
             trial = self.visit(layer, weight, bias, [group.gram for group in fit.sums])
             current = value(trial)
-            limit = lowest * (1 + SLACK * torch.finfo(weight.dtype).eps)
+            limit = lowest + slack * (lowest + gamma * fit.noise.sqrt())
             keep, fits = current <= limit, current + gamma * bound / 2 * _shift(fit, trial) <= limit
             lowest = torch.where(keep, current, lowest)
-            for name in ("weight", "bias", "misfit"):
+            for name in ("weight", "bias", "misfit", "noise"):
                 setattr(fit, name, torch.where(keep, getattr(trial, name), getattr(fit, name)))
             for group, new in zip(fit.sums, trial.sums, strict=True):
                 group.cross = torch.where(keep, new.cross, group.cross)
                 group.sum_u = torch.where(keep, new.sum_u, group.sum_u)
-            bound = torch.where(fits, RELAX, TIGHTEN) * bound
+            bound = (torch.where(fits, RELAX, TIGHTEN) * bound).clamp(LEAST, MOST)
         self.state.cache[key] = bound
 
     # -- the report ---------------------------------------------------------------------------------------
@@ -343,6 +347,12 @@ def _shift(fit: Fit, trial: Fit) -> Tensor:
     for sums, w, b in zip(fit.sums, *(move.chunk(len(fit.sums)) for move in moves), strict=True):
         squares.append(((w @ sums.gram) * w).sum() + b @ (2 * (w @ sums.sum_v) + sums.count * b))
     return torch.stack(squares).sum()
+
+
+def _noise(error: Tensor, value: Tensor) -> Tensor:
+    """Variance of ½ (σ − V)² by the rounding of σ and V, entry by entry, in units of the machine epsilon."""
+    square = error.square()
+    return square * (square + value.square())
 
 
 def _per_sample(t: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 In the letters of the papers a is the auxiliary variable V, c the pre-activation P and g = ρ/γ; the problem is not
 convex. Piecewise linear activations compare one closed-form candidate per piece (Zeng, Lau, Lin, Yao, ICML 2019).
-Smooth ones bracket the minimisers on a fixed grid and refine them by safeguarded Newton steps.
+Smooth ones bracket the minimisers on a fixed grid and refine them by safeguarded Newton steps. Choices are made by
+`torch.lerp` with weights 0 and 1, exact and on a CPU many times faster than `torch.where`.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Activation(ABC):
             other = self(u)
             rise = (value - other).mul_((a - other).add_(a - value))
             rise += (u - best).mul_((u - c).add_(best - c)).mul_(g)
-            better = rise < 0
-            best, value = torch.where(better, u, best), torch.where(better, other, value)
+            better = rise.lt_(0)
+            best, value = torch.lerp(best, u, better), torch.lerp(value, other, better)
         return best
 
 
@@ -126,7 +127,8 @@ class ReLU(PiecewiseLinear):
         value a² of c exactly when c ≥ κ a, and x > 0 then. Ties go to x.
         """
         kappa = -1 / (g + (g * (1 + g)) ** 0.5)  # 1 − √(1 + 1/g) would cancel for large g
-        return torch.where(c >= (kappa * a).clamp_(max=0), torch.lerp(c, a, 1 / (1 + g)).relu_(), c)
+        x = torch.lerp(c, a, 1 / (1 + g)).relu_()
+        return torch.lerp(c, x, (kappa * a).clamp_(max=0).le_(c))
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class Sign(Activation):
     _slope = staticmethod(torch.zeros_like)
 
     def _value(self, u: Tensor, /) -> Tensor:
-        return (u >= 0).to(u.dtype).mul_(2).sub_(1)
+        return u.clone().ge_(0).mul_(2).sub_(1)
 
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
         candidates = [c.clamp(min=0), c.clamp(max=-self.margin)]
@@ -246,9 +248,11 @@ class SmoothActivation(Activation):
         points = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")
         table = torch.stack([points, *self._jet(points)[:2]], dim=1).tolist()
         inverse, pull = 1 / g, a / g
-        falls = torch.zeros(a.shape, dtype=torch.int64, device=a.device)  # bit k: f′ < 0 at point k of the grid
+        words = [torch.zeros_like(a) for _ in range(0, len(table), 24)]  # 24 bits fit into a float32
         for k, (point, sigma, slope) in enumerate(table):
-            falls.add_(torch.add(c, pull, alpha=slope) > point + slope * sigma * inverse, alpha=1 << k)
+            falling = torch.add(c, pull, alpha=slope).gt_(point + slope * sigma * inverse)
+            words[k // 24].add_(falling, alpha=1 << k % 24)
+        falls = sum((word.long() << 24 * k for k, word in enumerate(words[1:], 1)), words[0].long())  # bit k: f′ < 0
         minima = falls & ~(falls >> 1)
         points, brackets = points.to(a), []
         for begin, stop in pairwise((0, *self.turns, len(table) - 1)):
@@ -267,10 +271,11 @@ class SmoothActivation(Activation):
             sigma, slope, curvature = self._jet(u)
             first = (u - c).mul_(g).addcmul_(slope, sigma - a)
             second = slope.square().addcmul_(curvature, sigma - a).add_(g)
-            falling = first < 0
-            low, high = torch.where(falling, u, low), torch.where(falling, high, u)
-            u = u - first / second
-            u = torch.where((u >= low) & (u <= high), u, torch.lerp(low, high, 0.5))
+            newton = u - first / second.clamp_(min=torch.finfo(u.dtype).eps)
+            falling = first.lt_(0)
+            low, high = torch.lerp(low, u, falling), torch.lerp(u, high, falling)
+            u = torch.clamp(newton, low, high)
+            u = torch.lerp(torch.lerp(low, high, 0.5), u, newton.eq_(u))
         return u
 
 
@@ -299,8 +304,8 @@ class Tanh(SmoothActivation):
         return [u / 2 for u in _GRID]
 
     def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
-        _, slope, curvature = _logistic(2 * u)
-        return self(u), slope.mul_(4), curvature.mul_(8)
+        sigma, slope, curvature = _logistic(2 * u)
+        return sigma.mul_(2).sub_(1), slope.mul_(4), curvature.mul_(8)
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ class SiLU(SmoothActivation):
         return sorted((*_GRID, -1.2784645427610738))
 
     def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
-        return self(u), *_gated(u, *_logistic(u))
+        return _gated(u, *_logistic(u))
 
 
 @dataclass(frozen=True)
@@ -370,16 +375,16 @@ class GELU(SmoothActivation):
     def _jet(self, u: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         if self.approximate == "none":
             density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-            return self(u), *_gated(u, 0.5 * torch.erfc(u * -math.sqrt(0.5)), density, -u * density)
+            return _gated(u, 0.5 * torch.erfc(u * -math.sqrt(0.5)), density, -u * density)
         k, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
         p, slope, curvature = _logistic(k * (u + cubic * u**3))
         inner = k * (1 + 3 * cubic * u * u)
-        return self(u), *_gated(u, p, slope * inner, curvature * inner.square() + slope * (6 * k * cubic * u))
+        return _gated(u, p, slope * inner, curvature * inner.square() + slope * (6 * k * cubic * u))
 
 
-def _gated(u: Tensor, p: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first two derivatives of u p(u), given p, p′ and p″."""
-    return torch.addcmul(p, u, slope), torch.addcmul(2 * slope, u, curvature)
+def _gated(u: Tensor, p: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u p(u) and its first two derivatives, given p, p′ and p″."""
+    return u * p, torch.addcmul(p, u, slope), torch.addcmul(2 * slope, u, curvature)
 
 
 def _solve_piece(a: Tensor, c: Tensor, g: float | Tensor, piece: Piece) -> Tensor:

@@ -286,11 +286,11 @@ def _cross_entropy_newton(v: Tensor, t: float, y: Tensor) -> Tensor:
     """
     tau, log_tau, classes = 1 / t, -math.log(t), v.shape[1]
     shift = torch.add(v, y, alpha=t).sub_(log_tau)
-    # At `low` the largest entry of the softmax is 1 already, at `high` every one is at most 1/K.
+    # At `low` the largest entry of the softmax exceeds 1, at `high` all are below 1/K; the 1 is room for rounding.
     top = torch.add(v, y, alpha=t).amax(dim=1, keepdim=True)
-    low, high = top - t, top - t / classes + math.log(classes)
+    low, high = top - t - 1, top - t / classes + math.log(classes) + 1
     s = torch.minimum(torch.maximum(torch.logsumexp(v, dim=1, keepdim=True), low), high)
-    for _ in range(12):
+    for _ in range(10):
         w = torch.exp(_log_omega(shift - s))
         total, slope = tau * w.sum(dim=1, keepdim=True), tau * (w / (1 + w)).sum(dim=1, keepdim=True)
         excess = torch.log(total)
