@@ -10,6 +10,7 @@ from lightning_bcd.lifted.layers import MLP, Abs, Residual, Sign
 from lightning_bcd.lifted.module import LiftedModule
 from lightning_bcd.lifted.residual import ResidualSplitting
 from lightning_bcd.lifted.three_splitting import ThreeSplitting
+from lightning_bcd.lifted.two_splitting import TwoSplitting
 from lightning_bcd.memory import estimate_memory
 from lightning_bcd.models import MLPClassifier
 from lightning_bcd.module import BCDMixin, BCDModule
@@ -45,6 +46,7 @@ __all__ = [
     "ScoredStrategy",
     "Sign",
     "ThreeSplitting",
+    "TwoSplitting",
     "__version__",
     "compare_training_methods",
     "compile_blocks",

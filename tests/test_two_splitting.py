@@ -207,28 +207,50 @@ def test_many_steps_reach_a_stationary_point_of_the_sub_problem_of_the_weights(a
     assert activation is nn.ReLU or max(float(g.abs().max()) for g in gradients) < 1e-5
 
 
-def test_every_sample_descends():
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+def test_every_sample_descends_to_a_stationary_point(activation):
     """Each row's sub-problem of V_1 falls, not only their sum; V_2 and W_2 are new in it, W_1 is old."""
-    loss, gamma, alpha = resolve_loss("squared"), 0.9, 0.2
+    loss, gamma, alpha, sigma = resolve_loss("squared"), 0.9, 0.2, activation()
     x, y = problem(50, 6, 3, loss)
-    net = network((6, 8, 7, 3))
-    algorithm, chain = TwoSplitting(gamma=gamma, alpha=alpha), Chain(net)
-    state = algorithm.start(chain, x, y, Alone())
-    old, centre = state.variables["v"][0].clone(), torch.relu(net[0](x)).detach()
-    net_before = [p.detach().clone() for p in net[2].parameters()]
+    net = network((6, 8, 7, 3), activation)
+    old = sigma(net[0](x)).detach() + torch.randn(50, 8, dtype=F64)
+    centre = sigma(net[0](x)).detach()
 
-    def rows(v, target, weight, bias):
-        above = torch.relu(v @ weight.T + bias)
-        terms = (gamma * (v - centre).square().sum(1), gamma * (target - above).square().sum(1))
+    def rows(v):
+        above = sigma(v @ net[2].weight.detach().T + net[2].bias.detach())
+        terms = (gamma * (v - centre).square().sum(1), gamma * (state.variables["v"][1] - above).square().sum(1))
         return (sum(terms) + alpha * (v - old).square().sum(1)) / 2
 
-    algorithm.sweep(chain, state, loss, Alone())
-    weight, bias = net[2].weight.detach(), net[2].bias.detach()
-    assert not torch.equal(weight, net_before[0])
-    target, new = state.variables["v"][1], state.variables["v"][0]
-    before, after = rows(old, target, weight, bias), rows(new, target, weight, bias)
-    assert (after <= before + 1e-12).all()
-    assert (after < before).any()
+    for steps in (1, 3, 100):
+        net.load_state_dict(network((6, 8, 7, 3), activation).state_dict())
+        algorithm, chain = TwoSplitting(gamma=gamma, alpha=alpha, inner_iterations=steps), Chain(net)
+        state = algorithm.start(chain, x, y, Alone())
+        state.variables["v"][0].copy_(old)
+        algorithm.sweep(chain, state, loss, Alone())
+        new = state.variables["v"][0].clone().requires_grad_()
+        assert (rows(new) <= rows(old) + 1e-12).all()
+        assert (rows(new) < rows(old)).any()
+    gradient = torch.autograd.grad(rows(new).sum(), new)[0]
+    assert activation is nn.ReLU or gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, Abs])
+@pytest.mark.parametrize("penalty", [None, L1(0.1)])
+def test_steps_of_the_weights_that_are_too_long_are_undone(activation, penalty):
+    loss = resolve_loss("squared")
+    x, y = problem(30, 6, 3, loss)
+    for steps in (1, 40):
+        net = network((6, 8, 3), activation)
+        algorithm, chain = TwoSplitting(alpha=1e-3, inner_iterations=steps, weight_penalty=penalty), Chain(net)
+        state = algorithm.start(chain, x, y, Alone())
+        state.variables["v"][0].add_(torch.randn(30, 8, dtype=F64))
+        state.cache["bound_0"] = torch.tensor(1e-4, dtype=F64)
+        old = net[0].weight.detach().clone()
+        values = [float(algorithm.objective(chain, state, loss))]
+        values.append(float(algorithm.sweep(chain, state, loss, Alone()).objective))
+        assert never_rises(values)
+        # One step is too long and undone; of many, the later ones are short enough.
+        assert torch.equal(net[0].weight.detach(), old) == (steps == 1)
 
 
 class Threads:

@@ -4,8 +4,8 @@
 
 In the letters of the papers a is the auxiliary variable V, c the pre-activation P and g = ρ/γ; the problem is not
 convex. Piecewise linear activations compare one closed-form candidate per piece (Zeng, Lau, Lin, Yao, ICML 2019).
-Smooth ones bracket the minimisers on a fixed grid and refine them by safeguarded Newton steps. Choices are made by
-`torch.lerp` with weights 0 and 1, exact and on a CPU many times faster than `torch.where`.
+Smooth ones bracket the minimisers on a fixed grid and refine them by safeguarded Newton steps. `torch.lerp` with
+weights 0 and 1 makes the choices: exact, and on a CPU many times faster than `torch.where`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PiecewiseLinear(Activation):
         """Return the pieces from right to left, the order that settles ties."""
 
     def _solve(self, a: Tensor, c: Tensor, g: float | Tensor, old: Tensor | None) -> Tensor:
-        return self._best(a, c, g, [_solve_piece(a, c, g, piece) for piece in self._pieces()])
+        return self._best(a, c, g, [_solve_piece(a, c, g, *piece) for piece in self._pieces()])
 
 
 class Identity(PiecewiseLinear):
@@ -181,7 +181,7 @@ class ClippedReLU(HardTanh):
 
 
 class Abs(PiecewiseLinear):
-    """σ(u) = |u|."""
+    """The absolute value of u."""
 
     monotone = False
     _value = staticmethod(torch.abs)
@@ -218,7 +218,7 @@ class SmoothActivation(Activation):
     them, so the first and the last bracket miss none. Outside the grid the minimiser is c or has a closed form.
     """
 
-    iterations: ClassVar[int] = 16
+    iterations: ClassVar[int] = 14
     linear_tail: ClassVar[bool] = True  # σ(u) = u on the right of the grid, else constant
     turns: ClassVar[tuple[int, ...]] = ()  # grid points at (GELU: next to) the turning points of σ
 
@@ -238,10 +238,10 @@ class SmoothActivation(Activation):
         if self.linear_tail:
             # Where softplus jumps, the end of the curved part can be the minimiser.
             end = self._grid()[-1]
-            beyond = (end * (1 + 2 * torch.finfo(a.dtype).eps), math.inf, 1.0, 0.0)
-            candidates += [torch.full_like(a, end), _solve_piece(a, c, g, beyond)]
-        candidates += [self._newton(a, c, g, *bracket) for bracket in self._brackets(a, c, g)]
-        return self._best(a, c, g, candidates)
+            beyond = end * (1 + 2 * torch.finfo(a.dtype).eps)
+            candidates += [torch.full_like(a, end), _solve_piece(a, c, g, beyond, math.inf, 1.0, 0.0)]
+        refined = (self._newton(a, c, g, *bracket) for bracket in self._brackets(a, c, g))
+        return self._best(a, c, g, [*candidates, *refined])
 
     def _brackets(self, a: Tensor, c: Tensor, g: float | Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return (low, high, start) of the first and the last bracket between neighbouring turning points."""
@@ -258,10 +258,11 @@ class SmoothActivation(Activation):
         for begin, stop in pairwise((0, *self.turns, len(table) - 1)):
             inside = minima & ((1 << stop) - (1 << begin))
             # Without a sign change two roots may still hide next to a turning point; with one, in the next cell.
-            first, last = _highest_bit(-(lowest := inside | 1 << stop - 1) & lowest), _highest_bit(inside | 1 << begin)
-            low = points[(first - (falls << 1 >> first & 1)).clamp_(min=begin)]
+            filled = inside | (1 << (stop - 1))
+            first, last = _highest_bit(filled & -filled), _highest_bit(inside | (1 << begin))
+            low = points[(first - (((falls << 1) >> first) & 1)).clamp_(min=begin)]
             brackets.append((low, points[first + 1], low))
-            high = points[(last + 2 - (falls >> last + 2 & 1)).clamp_(max=stop)]
+            high = points[(last + 2 - ((falls >> (last + 2)) & 1)).clamp_(max=stop)]
             brackets.append((points[last], high, high))
         return brackets
 
@@ -353,11 +354,7 @@ class SiLU(SmoothActivation):
 
 @dataclass(frozen=True)
 class GELU(SmoothActivation):
-    """σ(u) = u Φ(u), Φ the standard normal distribution function.
-
-    Args:
-        approximate: `"none"`, or `"tanh"` for Φ(u) ≈ ½ (1 + tanh(√(2/π) (u + 0.044715 u³))), like `torch.nn.GELU`.
-    """
+    """σ(u) = u Φ(u), Φ the normal distribution function or, with `approximate="tanh"`, torch's approximation of it."""
 
     approximate: Literal["none", "tanh"] = "none"
     monotone = False
@@ -387,8 +384,9 @@ def _gated(u: Tensor, p: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tens
     return u * p, torch.addcmul(p, u, slope), torch.addcmul(2 * slope, u, curvature)
 
 
-def _solve_piece(a: Tensor, c: Tensor, g: float | Tensor, piece: Piece) -> Tensor:
-    low, high, slope, offset = piece
+def _solve_piece(
+    a: Tensor, c: Tensor, g: float | Tensor, low: float, high: float, slope: float, offset: float
+) -> Tensor:
     if slope == 0:
         return c.clamp(low, high)  # c itself: the formula would round it
     return (((a - offset) * slope + g * c) / (slope**2 + g)).clamp_(low, high)

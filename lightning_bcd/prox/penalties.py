@@ -73,7 +73,7 @@ class L1(Penalty):
         _check_weight("weight", self.weight)
 
     def value(self, w: Tensor) -> Tensor:
-        """Return weight Σ |w|."""
+        """Return weight ‖w‖₁."""
         return self.weight * w.abs().sum(dtype=torch.float64)
 
     def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ElasticNet(Penalty):
         _check_weight("l2", self.l2)
 
     def value(self, w: Tensor) -> Tensor:
-        """Return l1 Σ |w| + l2/2 Σ w²."""
+        """Return l1 ‖w‖₁ + l2/2 ‖w‖²."""
         return L1(self.l1).value(w) + Ridge(self.l2).value(w)
 
     def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
