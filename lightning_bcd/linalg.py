@@ -114,7 +114,8 @@ class LeastSquares:
         self.gram = gram if gram is not None else zeros(d, d)
         self.cross, self.sum_v, self.sum_u = zeros(m, d), zeros(d), zeros(m)
         self.count, self.square = zeros(), zeros()
-        self.rows: list[tuple[Tensor, Tensor]] | None = [] if rows is not None and rows < d else None
+        few = rows is not None and rows < d and not self.known_gram
+        self.rows: list[tuple[Tensor, Tensor]] | None = [] if few else None
 
     @property
     def totals(self) -> list[Tensor]:
@@ -204,15 +205,22 @@ class LeastSquares:
         if smooth and not lipschitz:
             w = w_old - gradient / _curvature(gradient, matrix, alpha + ridge)
         else:
-            # Warm start: the direction of the gradient leans towards the largest eigenvectors.
-            largest, _ = power_iteration(lambda vector: matrix @ vector, gradient.square().sum(0), iterations=8)
+            # A shortened move would leave a set that is not convex: there the step needs a bound that always holds.
+            convex = penalty is None or penalty.convex
+            # The gradient leans towards the largest eigenvectors: a good start.
+            largest = (
+                power_iteration(lambda vector: matrix @ vector, gradient.square().sum(0), iterations=8)[0]
+                if convex
+                else torch.minimum(matrix.norm(), matrix.abs().sum(1).max())
+            )
             bound = largest + alpha + ridge
             target = w_old - gradient / bound
             if not smooth:
                 assert penalty is not None
                 target = penalty.prox(target, 1 / bound)
             move = target - w_old
-            w = w_old + move * (bound / _curvature(move, matrix, alpha + ridge)).clamp_max(1)
+            share = (bound / _curvature(move, matrix, alpha + ridge)).clamp_max(1) if convex else 1
+            w = w_old + move * share
         return w, self._bias(w_old if bias_update == "reference" else w, b_old, rho, alpha)
 
     def _bias(self, w: Tensor, b_old: Tensor | None, rho: float, alpha: float) -> Tensor | None:
@@ -360,5 +368,6 @@ def power_iteration(apply: Callable[[Tensor], Tensor], start: Tensor, iterations
     for _ in range(iterations):
         image = apply(vector)
         value = (vector * image).sum()
-        vector = image / image.norm().clamp_min(tiny)
+        # An operator that is zero now may not be later: keep the direction.
+        vector = torch.where(value > 0, image / image.norm().clamp_min(tiny), vector)
     return value, vector

@@ -106,6 +106,10 @@ class Stage:
         """P = A(v) + b."""
         return self.apply(v, self.weight, self.bias)
 
+    def blocks(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A weight as matrices that are solved for on their own, out × (in · kernel): one per group."""
+        return weight.flatten(1).chunk(self.groups)
+
     def adjoint(self, v: Tensor, t: Tensor) -> Tensor:
         """Aᵀt, shaped like v."""
         if self.dense:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Schedule, check_choice, per_layer, positive
-from lightning_bcd.lifted.chain import Chain
+from lightning_bcd.lifted.chain import Chain, Stage
 from lightning_bcd.linalg import BIAS_UPDATES, BiasUpdate
 from lightning_bcd.prox.losses import Loss, SquaredLoss
-from lightning_bcd.prox.penalties import NoPenalty, Penalty
+from lightning_bcd.prox.penalties import GroupLasso, NoPenalty, Penalty, RowSparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,9 @@ class Splitting(LiftedAlgorithm):
         alpha: α ≥ 0, proximal weight. 1 if None.
         fit_weight: κ > 0, factor of the loss. 1 if None.
         target_scale: Factor of the targets (squared loss only). 1 if None.
-        weight_penalty: r(W): one `Penalty` for all stages, or one per stage.
-        activation_penalty: s(V) of the hidden activations.
+        weight_penalty: r(W): one `Penalty` for all stages, or one per stage. A convolution counts as the matrix
+            out × (in · kernel), one per group.
+        activation_penalty: s(V) of the hidden activations: convex, on every entry alone.
         bias_update: `"exact"` (after W), `"joint"` (with W) or `"reference"` (with the old W). `"exact"` if None.
         reduction: `"sum"` or `"mean"` over samples. With `"mean"` all terms over samples are divided by N, so that
             `alpha` and penalties on weights do not depend on it. `"sum"` if None.
@@ -91,6 +93,12 @@ class Splitting(LiftedAlgorithm):
             if getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, chosen.get(field.name))  # the dataclass is frozen
         super().__post_init__()
+        given = self.activation_penalty
+        if given is not None and (isinstance(given, GroupLasso | RowSparse) or not given.convex):
+            raise ValueError(
+                f"Expected argument `activation_penalty` to be convex and act on every entry alone, but got {given}. "
+                "Use L1, Ridge, ElasticNet, NonNegative or Box."
+            )
         check_choice("bias_update", self.bias_update, BIAS_UPDATES)
         check_choice("reduction", self.reduction, ["sum", "mean"])
         for name in ("fit_weight", "target_scale"):
@@ -120,6 +128,16 @@ class Splitting(LiftedAlgorithm):
                 f"{len(given)}. Use NoPenalty() for stages without."
             )
         return list(given)
+
+    @staticmethod
+    def penalty_of(stage: Stage, penalty: Penalty, weight: Tensor) -> Tensor:
+        """r(W) of a stage."""
+        return torch.stack([penalty.value(block) for block in stage.blocks(weight)]).sum()
+
+    def penalties_on_weights(self, chain: Chain) -> Tensor:
+        """r(W_l) of every stage."""
+        pairs = zip(chain, self.weight_penalties(len(chain)), strict=True)
+        return torch.stack([self.penalty_of(stage, penalty, stage.weight) for stage, penalty in pairs])
 
     def scale_targets(self, y: Tensor) -> Tensor:
         """`target_scale` times y."""

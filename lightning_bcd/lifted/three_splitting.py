@@ -159,10 +159,7 @@ class ThreeSplitting(Splitting):
                 total = total + rho[layer] / 2 * (u - stage.forward(v_in)).double().square().sum()
                 if self.activation_penalty is not None and layer < len(chain) - 1:
                     total = total + self.activation_penalty.value(v)
-            weights = zip(self.weight_penalties(len(chain)), chain, strict=True)
-            return (
-                total / self.samples_of_mean(state) + torch.stack([r.value(stage.weight) for r, stage in weights]).sum()
-            )
+            return total / self.samples_of_mean(state) + self.penalties_on_weights(chain).sum()
 
 
 class Sweep:
@@ -335,7 +332,7 @@ class Sweep:
         stage, algorithm = self.chain[layer], self.algorithm
         self.comm.sum([total for part in least_squares for total in part.totals])
         groups = len(least_squares)
-        weights = stage.weight.flatten(1).chunk(groups)
+        weights = stage.blocks(stage.weight)
         biases = [None] * groups if stage.bias is None else list(stage.bias.chunk(groups))
         assert algorithm.bias_update is not None
         square = torch.zeros((), dtype=torch.float64, device=self.state.x.device)
@@ -354,7 +351,7 @@ class Sweep:
             if bias is not None and b is not None:
                 bias.copy_(b)
             square = square + part.residual_square(weight, bias)
-            if layer == 0:
+            if layer == 0 and part.rows is None:
                 self.state.cache[f"gram_{index}"] = part.gram
         # Reduced already: every process holds the whole sum, so one of them reports it.
         if layer == 0 or algorithm.order == "forward":
@@ -367,7 +364,7 @@ class Sweep:
         self.comm.sum([self.sums])
         gamma, rho = self.sums.new_tensor([self.gamma, self.rho]) / (2 * self.samples)
         entries = self.sums.new_tensor([self.state.samples * u[0].numel() for u in self.state.variables["u"]])
-        on_w = torch.stack([r.value(stage.weight) for r, stage in zip(self.penalties, self.chain, strict=True)])
+        on_w = self.algorithm.penalties_on_weights(self.chain)
         return Report(
             data_fit=self.data_fit[0] / self.samples,
             coupling=list((gamma * self.coupling).unbind()),

@@ -43,7 +43,7 @@ class TwoSplitting(Splitting):
     """Two-splitting BCD (Zeng, Lau, Lin, Yao, ICML 2019, Algorithm 1).
 
     The objective never rises. `bias_update` matters where the activation is the identity; elsewhere W and b are
-    updated together. A penalty on activations must treat every sample on its own.
+    updated together.
 
     Args:
         inner_iterations: Steps per sub-problem without a closed form.
@@ -114,8 +114,7 @@ class TwoSplitting(Splitting):
                 if self.activation_penalty is not None and layer < len(chain) - 1:
                     total += self.activation_penalty.value(v)
             total = (total + self.kappa * loss.value(v, state.y)) / self.samples_of_mean(state)
-            weights = zip(self.weight_penalties(len(chain)), chain, strict=True)
-            return total + torch.stack([r.value(stage.weight) for r, stage in weights]).sum()
+            return total + self.penalties_on_weights(chain).sum()
 
 
 @dataclass
@@ -284,11 +283,15 @@ class Sweep:
         """
         gamma, alpha, penalty = self.gamma[layer] / self.samples, self.alpha[layer], self.penalties[layer]
         slack = SLACK * torch.finfo(fit.weight.dtype).eps
-        shape, old, key = self.chain[layer].weight.shape, replace(fit), f"bound_{layer}"
+        stage, old, key = self.chain[layer], replace(fit), f"bound_{layer}"
 
         def value(at: Fit) -> Tensor:
             moves = torch.cat([(at.weight - old.weight).double().flatten(), (at.bias - old.bias).double()])
-            return gamma / 2 * at.misfit + alpha / 2 * moves.square().sum() + penalty.value(at.weight.view(shape))
+            return (
+                gamma / 2 * at.misfit
+                + alpha / 2 * moves.square().sum()
+                + self.algorithm.penalty_of(stage, penalty, at.weight)
+            )
 
         bound, lowest = self.state.cache.get(key, torch.ones_like(fit.misfit)), value(fit)
         for _ in range(self.algorithm.inner_iterations):
@@ -313,7 +316,7 @@ class Sweep:
         self.comm.sum([self.terms])
         gamma = self.terms.new_tensor(self.gamma) / (2 * self.samples)
         entries = self.terms.new_tensor([self.state.samples * v.shape[1:].numel() for v in self.state.variables["v"]])
-        on_w = torch.stack([r.value(stage.weight) for r, stage in zip(self.penalties, self.chain, strict=True)])
+        on_w = self.algorithm.penalties_on_weights(self.chain)
         return Report(
             data_fit=self.data_fit[0] / self.samples,
             coupling=list((gamma * self.coupling).unbind()),
