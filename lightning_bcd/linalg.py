@@ -347,8 +347,8 @@ class RowSolver:
         right = torch.addmm(s, t, self.weight, beta=self.gamma, alpha=self.rho)
         v = right @ self.matrix
         # ρTW = right − γS and ρVWᵀW = right − γV: ‖T − VWᵀ‖² = ‖T‖² − 2⟨TW, V⟩ + ⟨VWᵀW, V⟩ needs no product.
-        inner = right.neg_().add_(s, alpha=2 * self.gamma).sub_(v, alpha=self.gamma).mul_(v).sum().double()
-        return v, (t.square().sum().double() + inner / self.rho).clamp_min(0)
+        inner = right.sub_(torch.sub(s, v, alpha=0.5), alpha=2 * self.gamma).mul_(v).sum().double()
+        return v, (t.square().sum().double() - inner / self.rho).clamp_min(0)
 
 
 def power_iteration(apply: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:

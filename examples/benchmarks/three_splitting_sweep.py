@@ -123,11 +123,12 @@ def inverse_least_squares(u: Tensor, v: Tensor, w: Tensor, b: Tensor, alpha: flo
 
 
 def relu_step(a: Tensor, c: Tensor, g: float) -> Tensor:
-    """argmin_u (a − max(u, 0))² + g (u − c)²: a candidate and its value on either side, a mask for the smaller one."""
-    right, left = ((a + g * c) / (1 + g)).clamp(min=0), c.clamp(max=0)
-    on_right = (a - right) ** 2 + g * (right - c) ** 2
-    on_left = a**2 + g * (left - c) ** 2
-    return torch.where(on_right <= on_left, right, left)
+    """argmin_u (a − max(u, 0))² + g (u − c)² by a mask for every region of the (a, c) plane."""
+    kappa = 1 - ((1 + g) / g) ** 0.5
+    right, left, zero = (a + g * c) / (1 + g), torch.minimum(c, torch.zeros_like(c)), torch.zeros_like(c)
+    u = torch.where(a + g * c < 0, left, zero)
+    u = torch.where(((a + g * c >= 0) & (c >= 0)) | ((kappa * a <= c) & (c < 0)), right, u)
+    return torch.where((-a <= g * c) & (c < kappa * a), c, u)
 
 
 class Ours:

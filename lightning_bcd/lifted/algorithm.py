@@ -15,8 +15,8 @@ from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.initialisation import INITS, initialise
 from lightning_bcd.prox.losses import Loss
 
-#: Rows per chunk when none is given: what fits the cache of a CPU, and what fills a GPU.
-CHUNK_CPU, CHUNK_CUDA = 2048, 16384
+#: Rows per chunk when none is given: temporaries that stay in the cache of a CPU, and products that fill a GPU.
+CHUNK_CPU, CHUNK_CUDA = 512, 16384
 #: A number, one number per stage, or a function of the sweep (0, 1, …) and the number of stages that returns either.
 Schedule = float | Sequence[float] | Callable[[int, int], float | Sequence[float]]
 

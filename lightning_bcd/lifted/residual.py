@@ -38,10 +38,6 @@ class ResidualSplitting(ThreeSplitting):
 class ResidualSweep(Sweep):
     """A sweep that knows skip connections."""
 
-    def skip(self, layer: int, v_in: Tensor) -> Tensor | float:
-        """V_{l-1} on stages with a skip connection."""
-        return v_in if self.chain[layer].residual else 0.0
-
     def pull_weight(self, layer: int) -> float:
         """γ_l, and γ_{l+1} when there is a skip around stage l + 1."""
         return self.gamma[layer] + (self.gamma[layer + 1] if self.chain[layer + 1].residual else 0.0)
@@ -49,7 +45,8 @@ class ResidualSweep(Sweep):
     def pull(self, layer: int, rows: slice, v_in: Tensor) -> tuple[float, Tensor]:
         """The two quadratics γ_l/2 ‖V − V_{l-1} − σ(U_l)‖² and γ_{l+1}/2 ‖V − (V_{l+1} − σ(U_{l+1}))‖² as one."""
         weight, centre = super().pull(layer, rows, v_in)
-        centre = centre + self.skip(layer, v_in)
+        if self.chain[layer].residual:
+            centre = centre + v_in
         if self.chain[layer + 1].residual:
             above = self._above(layer, rows)
             weight += self.gamma[layer + 1]

@@ -228,7 +228,9 @@ class Sweep:
     def last_v(self, layer: int, rows: slice, v_in: Tensor) -> Tensor:
         """V_L = argmin κR(V; Y) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_old‖²."""
         gamma, alpha = self.gamma[layer], self.alpha[layer]
-        centre = self.state.read("u", layer, rows) + self.skip(layer, v_in)
+        centre = self.state.read("u", layer, rows)
+        if self.chain[layer].residual:
+            centre = centre + v_in
         if alpha:
             centre = torch.lerp(centre, self.state.read("v", layer, rows), alpha / (gamma + alpha))
         return self.loss.prox(centre, self.algorithm.kappa / (gamma + alpha), self.state.y[rows])
@@ -236,10 +238,6 @@ class Sweep:
     def pull(self, layer: int, rows: slice, v_in: Tensor) -> tuple[float, Tensor]:
         """Weight and centre of the quadratic that the activation terms put on V_l: γ and σ(U_l)."""
         return self.gamma[layer], self.chain[layer].activation(self.state.read("u", layer, rows))
-
-    def skip(self, layer: int, v_in: Tensor) -> Tensor | float:
-        """What a skip connection adds to the output of the stage."""
-        return 0.0
 
     def prepare_v(self, layer: int) -> None:
         """Factor the system of V_l where it is solved, else bound its curvature where a step needs it."""
@@ -292,7 +290,7 @@ class Sweep:
         """U_l = argmin γ/2 ‖V_l − σ(U)‖² + ρ/2 ‖U − V_{l-1}W_lᵀ − b_l‖² + α/2 ‖U − U_old‖² (no α at l = L)."""
         stage, gamma, rho, alpha = self.chain[layer], self.gamma[layer], self.rho[layer], self.alpha[layer]
         product = self.state.read("u", layer, rows) if self.fresh else stage.forward(v_in)
-        a = v - self.skip(layer, v_in)
+        a = v - v_in if stage.residual else v
         if layer == len(self.chain) - 1:
             u = torch.lerp(a, product, rho / (gamma + rho))
         else:
