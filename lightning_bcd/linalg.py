@@ -114,6 +114,7 @@ class LeastSquares:
         self.gram = gram if gram is not None else zeros(d, d)
         self.cross, self.sum_v, self.sum_u = zeros(m, d), zeros(d), zeros(m)
         self.count, self.square = zeros(), zeros()
+        self.rounding = 0.0
         few = rows is not None and rows < d and not self.known_gram
         self.rows: list[tuple[Tensor, Tensor]] | None = [] if few else None
 
@@ -129,6 +130,7 @@ class LeastSquares:
         self.sum_u += u.sum(0)
         self.count += len(v)
         self.square += u.square().sum()
+        self.rounding = torch.finfo(v.dtype).eps / 4
         if self.rows is not None:
             self.rows.append((v, u))
             return
@@ -145,6 +147,7 @@ class LeastSquares:
         alpha: float,
         penalty: Penalty | None = None,
         bias_update: BiasUpdate = "exact",
+        shift: Tensor | None = None,
         iterations: int = 100,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new W and b in float64.
@@ -157,6 +160,8 @@ class LeastSquares:
             penalty: r; ridge is solved in closed form, others by accelerated proximal gradient on the Gram matrix.
             bias_update: `"exact"`: W with b_old, then b with the new W. `"joint"`: the minimiser in W and b together.
                 `"reference"`: b with the old W, as in published code; the objective may then rise.
+            shift: r acts on W + shift. With U replaced by its residual and W_old = 0 the solution is a change of the
+                weights, and rounding of the sums touches the change only.
             iterations: Proximal gradient steps.
 
         Raises:
@@ -165,18 +170,20 @@ class LeastSquares:
         ridge = penalty.weight if isinstance(penalty, Ridge) else 0.0
         closed = penalty is None or isinstance(penalty, NoPenalty | Ridge)
         w_old, b_old = weight.double(), None if bias is None else bias.double()
+        pull = alpha * w_old if shift is None else alpha * w_old - ridge * shift.double()
         joint = b_old is not None and bias_update == "joint"
         if self.rows is not None and closed and alpha + ridge > 0 and (alpha > 0 or not joint):
-            w = self._solve_small(w_old, b_old, rho, alpha, ridge, joint)
+            w = self._solve_small(pull, b_old, rho, alpha, ridge, joint)
         else:
             matrix, right = self._system(b_old, rho, alpha, joint)
             if closed:
-                matrix.diagonal().add_(alpha + ridge)
+                # A Gram matrix of float32 products may be indefinite by its rounding: that much is added.
+                matrix.diagonal().add_(alpha + ridge + self.rounding * matrix.diagonal().sum())
                 lower = factor(matrix, "VᵀV of a layer", positive=alpha + ridge > 0)
-                w = torch.cholesky_solve((alpha * w_old + right).T, lower).T
+                w = torch.cholesky_solve((pull + right).T, lower).T
             else:
                 assert penalty is not None
-                w = _proximal_gradient(matrix, right, w_old, alpha, penalty, iterations)
+                w = _proximal_gradient(matrix, right, w_old, alpha, Shifted(penalty, shift), iterations)
         return w, self._bias(w_old if bias_update == "reference" else w, b_old, rho, alpha)
 
     def step(
@@ -188,6 +195,7 @@ class LeastSquares:
         alpha: float,
         penalty: Penalty | None = None,
         bias_update: BiasUpdate = "exact",
+        shift: Tensor | None = None,
         lipschitz: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return W after one proximal gradient step, and b as in `solve`; no factorisation.
@@ -200,7 +208,7 @@ class LeastSquares:
         joint = b_old is not None and bias_update == "joint"
         matrix, right = self._system(b_old, rho, alpha, joint)
         ridge = penalty.weight if isinstance(penalty, Ridge) else 0.0
-        gradient = w_old @ matrix - right + ridge * w_old
+        gradient = w_old @ matrix - right + ridge * (w_old if shift is None else w_old + shift)
         smooth = penalty is None or isinstance(penalty, NoPenalty | Ridge)
         if smooth and not lipschitz:
             w = w_old - gradient / _curvature(gradient, matrix, alpha + ridge)
@@ -217,7 +225,7 @@ class LeastSquares:
             target = w_old - gradient / bound
             if not smooth:
                 assert penalty is not None
-                target = penalty.prox(target, 1 / bound)
+                target = Shifted(penalty, shift).prox(target, 1 / bound)
             move = target - w_old
             share = (bound / _curvature(move, matrix, alpha + ridge)).clamp_max(1) if convex else 1
             w = w_old + move * share
@@ -244,13 +252,13 @@ class LeastSquares:
         return matrix, rho * (self.cross - torch.outer(offset, self.sum_v))
 
     def _solve_small(
-        self, w_old: Tensor, b: Tensor | None, rho: float, alpha: float, ridge: float, joint: bool
+        self, pull: Tensor, b: Tensor | None, rho: float, alpha: float, ridge: float, joint: bool
     ) -> Tensor:
         # Θ = Θ₀ + (U − ZΘ₀)ᵀ (Z D⁻¹ Zᵀ + I/ρ)⁻¹ Z D⁻¹ with Z = V, or (V, 1) when b is solved for at the same time.
         assert self.rows is not None
         v = torch.cat([v for v, _ in self.rows]).double()
         u = torch.cat([u for _, u in self.rows]).double()
-        start = w_old * (alpha / (alpha + ridge))
+        start = pull / (alpha + ridge)
         residual = u - v @ start.T if b is None else u - v @ start.T - b
         kernel = v @ v.T / (alpha + ridge)
         if joint:
@@ -278,29 +286,41 @@ def _curvature(direction: Tensor, matrix: Tensor, shift: float) -> Tensor:
     return ((direction @ matrix) * direction).sum() / square + shift + torch.finfo(direction.dtype).tiny
 
 
+class Shifted:
+    """The penalty w ↦ r(w + shift)."""
+
+    def __init__(self, penalty: Penalty, shift: Tensor | None) -> None:
+        self.penalty, self.shift = penalty, 0.0 if shift is None else shift.double()
+
+    def value(self, w: Tensor) -> Tensor:
+        """Return r(w + shift)."""
+        return self.penalty.value(w + self.shift)
+
+    def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
+        """Return argmin_w r(w + shift) + ‖w − v‖² / (2t)."""
+        return self.penalty.prox(v + self.shift, t) - self.shift
+
+
 def _proximal_gradient(
-    matrix: Tensor, right: Tensor, w_old: Tensor, alpha: float, penalty: Penalty, iterations: int
+    matrix: Tensor, right: Tensor, w_old: Tensor, alpha: float, penalty: Shifted, iterations: int
 ) -> Tensor:
-    """Accelerated proximal gradient with restart on ½⟨WA, W⟩ − ⟨B, W⟩ + α/2‖W − W_old‖² + r(W); it never rises."""
+    """Accelerated proximal gradient with restart on ½⟨WA, W⟩ − ⟨B, W⟩ + α/2‖W − W_old‖² + r(W); not above the start."""
 
     def value(w: Tensor) -> Tensor:
         return ((0.5 * w @ matrix - right) * w).sum() + alpha / 2 * (w - w_old).square().sum() + penalty.value(w)
 
-    # The Frobenius norm bounds the largest eigenvalue from above: every step descends.
+    # These norms bound the largest eigenvalue from above: every step without momentum descends.
     step = 1 / (torch.minimum(matrix.norm(), matrix.abs().sum(1).max()) + alpha).clamp_min(1e-300)
-    # A start that breaks a constraint has an infinite value; any projected point is better.
-    best, lowest = w_old, value(w_old)
-    look, momentum = w_old, torch.ones((), dtype=w_old.dtype, device=w_old.device)
+    w, look, momentum = w_old, w_old, torch.ones((), dtype=w_old.dtype, device=w_old.device)
     for _ in range(iterations):
-        gradient = look @ matrix - right + alpha * (look - w_old)
-        new = penalty.prox(look - step * gradient, step)
-        current = value(new)
-        better = current <= lowest
-        faster = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-        look = torch.where(better, new + (momentum - 1) / faster * (new - best), best)
-        momentum = torch.where(better, faster, torch.ones_like(momentum))
-        best, lowest = torch.where(better, new, best), torch.where(better, current, lowest)
-    return best
+        new = penalty.prox(look - step * (look @ matrix - right + alpha * (look - w_old)), step)
+        # Restart when the momentum points uphill (O'Donoghue, Candès 2015); values would be compared at rounding level.
+        uphill = ((look - new) * (new - w)).sum() > 0
+        faster = torch.where(uphill, torch.ones_like(momentum), (1 + (1 + 4 * momentum**2).sqrt()) / 2)
+        look = new + torch.where(uphill, torch.zeros_like(momentum), (momentum - 1) / faster) * (new - w)
+        w, momentum = new, faster
+    # Where the start was the minimiser rounding may tell otherwise. A start outside a constraint is infinite.
+    return torch.where(value(w) <= value(w_old), w, w_old)
 
 
 class RowSolver:

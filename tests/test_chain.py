@@ -81,6 +81,8 @@ def test_a_chain_walks_like_the_network():
         ([nn.Flatten()], "without any"),
         ([nn.Linear(2, 2), nn.ReLU(), nn.Flatten()], "end with a linear module, but"),
         ([Residual(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))], "holds 2 stage"),
+        ([nn.Conv2d(1, 1, 3), nn.AvgPool2d(2, divisor_override=1), nn.ReLU(), nn.Conv2d(1, 1, 1)], "divisor_override"),
+        ([nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))], "Cannot lift module '0'"),
         ([nn.Conv2d(1, 1, 3), nn.AvgPool2d(2, padding=1), nn.ReLU(), nn.Conv2d(1, 1, 1)], "padding=0"),
     ],
 )
@@ -95,12 +97,28 @@ def test_a_module_used_twice_is_refused():
         Chain(nn.Sequential(shared, nn.ReLU(), shared))
 
 
+def test_shared_parameters_and_sequentials_with_a_forward_of_their_own_are_refused():
+    tied = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ValueError, match="'2' is used twice"):
+        Chain(tied)
+
+    class Own(nn.Sequential):
+        def forward(self, x):
+            return -super().forward(x)
+
+    with pytest.raises(ValueError, match=r"Cannot lift module '0' \(Own\)"):
+        Chain(nn.Sequential(Own(nn.Linear(2, 2))))
+
+
 def test_input_that_does_not_fit_is_refused_at_its_stage():
     chain = Chain(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(5, 2)))
     with pytest.raises(ValueError, match=r"fit stage '2' .* got shape \(3,\)"):
         chain.check_input(torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"shape \(2, 4\). Add nn.Flatten"):
         Chain(nn.Sequential(nn.Linear(4, 3))).check_input(torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match=r"Residual stage '0.stage.0' to keep the shape \(4,\)"):
+        Chain(nn.Sequential(Residual(nn.Linear(4, 1)))).check_input(torch.zeros(2, 4))
 
 
 def test_initial_weights():

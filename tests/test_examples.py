@@ -60,6 +60,13 @@ BENCHMARKS = {
         ],
         r"tiny \| three-splitting, recommended \| 1 \| 3 \| 0\.[5-9]",
     ),
+    "sign_network.py": (
+        [
+            *("--data-dir", str(MNIST), "--widths", "784", "60", "10", "--samples", "2000", "--sweeps", "2"),
+            *("--epochs", "1", "--seeds", "0"),
+        ],
+        r"three-splitting \| 0\.\d+ (.|\n)*straight-through estimator, Adam \| 0\.\d+",
+    ),
     "prefix_cache.py": (["--rounds", "1", "--inner-steps", "2"], r"speed-up"),
 }
 CONFIGS = ["digits.yaml", "greedy.yaml", "lifted.yaml", "manual.yaml"]

@@ -2,16 +2,17 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from toolbox import MemoryLogger, run_processes, same, trainer, weights
+from toolbox import Classifier, MemoryLogger, loader, run_processes, same, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bcd import DigitsDataModule, LiftedModule, ResidualSplitting, ThreeSplitting, full_batch
+from lightning_bcd import DigitsDataModule, LiftedModule, ResidualSplitting, ThreeSplitting, TwoSplitting, full_batch
 from lightning_bcd.distributed.all_reduce import AllReduce
 from lightning_bcd.lifted.layers import MLP
+from lightning_bcd.prox import L1
 
 FEATURES, OUTPUTS = 6, 3
 
@@ -29,9 +30,9 @@ def module(algorithm=None, *, seed=0, loss="squared", dtype=torch.float64, **arg
     return LiftedModule(network, algorithm or ThreeSplitting(alpha=0.1), loss, **arguments)
 
 
-def fit(model, sweeps, data=None, loader=None, **arguments):
+def fit(model, sweeps, data=None, batches=None, **arguments):
     runner = trainer(max_epochs=sweeps, **arguments)
-    runner.fit(model, loader or full_batch(data or samples()))
+    runner.fit(model, batches or full_batch(data or samples()))
     return runner
 
 
@@ -141,7 +142,7 @@ def test_without_auxiliary_variables_a_resumed_run_starts_from_a_forward_pass(tm
 def test_mini_batches_start_from_a_forward_pass_each():
     x, y = samples()
     model, expected = module(ThreeSplitting(alpha=5.0)), module(ThreeSplitting(alpha=5.0))
-    runner = fit(model, 2, loader=DataLoader(TensorDataset(x, y), batch_size=16))
+    runner = fit(model, 2, batches=DataLoader(TensorDataset(x, y), batch_size=16))
     assert (runner.global_step, model.sweeps) == (6, 6)
     for _ in range(2):
         for rows, labels in zip(x.split(16), y.split(16), strict=True):
@@ -161,10 +162,10 @@ def test_momentum_goes_on_from_batch_to_batch_and_through_checkpoints(tmp_path):
         return DataLoader(TensorDataset(x, y), batch_size=16)
 
     whole, plain, part, resumed = make(), module(ThreeSplitting(alpha=5.0)), make(), make(seed=1)
-    fit(whole, 2, loader=batches())
-    fit(plain, 2, loader=batches())
+    fit(whole, 2, batches=batches())
+    fit(plain, 2, batches=batches())
     assert not same(weights(whole.network), weights(plain.network))
-    fit(part, 1, loader=batches()).save_checkpoint(tmp_path / "part.ckpt")
+    fit(part, 1, batches=batches()).save_checkpoint(tmp_path / "part.ckpt")
     trainer(max_epochs=2).fit(resumed, batches(), ckpt_path=tmp_path / "part.ckpt")
     assert same(weights(resumed.network), weights(whole.network))
 
@@ -231,7 +232,7 @@ def test_bad_data_is_refused_before_anything_changes(name):
 
 def test_a_batch_that_is_no_pair_is_refused():
     with pytest.raises(MisconfigurationException, match=r"pair \(x, y\) of tensors"):
-        fit(module(), 1, loader=[samples()[0]])
+        fit(module(), 1, batches=[samples()[0]])
 
 
 def test_real_targets_train_a_regression():
@@ -247,7 +248,7 @@ def test_real_targets_train_a_regression():
 def test_mini_batches_cannot_persist():
     x, y = samples()
     with pytest.raises(MisconfigurationException, match=r"one training batch per epoch with persist=True, but got 3"):
-        fit(module(persist=True), 1, loader=DataLoader(TensorDataset(x, y), batch_size=16))
+        fit(module(persist=True), 1, batches=DataLoader(TensorDataset(x, y), batch_size=16))
 
 
 class Changing:
@@ -268,10 +269,12 @@ def test_samples_that_change_between_sweeps_are_noticed():
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     swapped = torch.arange(40)
     swapped[[3, 7]] = swapped[[7, 3]]
-    for other in ((x[order], y[order]), (x[swapped], y[swapped]), (x[:30], y[:30]), (x + 1e-3, y), (x.flip(1), y)):
+    noisy = x.clone()
+    noisy[7, 1] *= 1 + 1e-15
+    for other in ((x[order], y[order]), (x[swapped], y[swapped]), (x[:30], y[:30]), (noisy, y), (x.flip(1), y)):
         model = module()
         with pytest.raises(MisconfigurationException, match="same 40 samples in the same order"):
-            fit(model, 3, loader=Changing((x, y), (x.clone(), y.clone()), other))
+            fit(model, 3, batches=Changing((x, y), (x.clone(), y.clone()), other))
         assert model.sweeps == 2
 
 
@@ -299,8 +302,10 @@ def test_an_objective_that_is_not_finite_stops_the_run():
         fit(module(Broken()), 2)
 
 
-def test_auxiliary_variables_that_do_not_fit_are_refused(monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 10)
+def test_auxiliary_variables_that_do_not_fit_are_refused(monkeypatch, tmp_path):
+    available = tmp_path / "meminfo"
+    available.write_text("MemTotal: 9 kB\nMemAvailable:       1 kB\n")
+    monkeypatch.setattr("lightning_bcd.lifted.batch.MEMORY", available)
     model = module()
     with pytest.raises(MisconfigurationException, match=r"take .* MiB, but only .* `storage_dtype='bfloat16'`"):
         fit(model, 1)
@@ -313,6 +318,68 @@ def test_the_bytes_announced_are_the_bytes_used():
     x, _ = samples()
     announced = model.algorithm.bytes_per_sample(model.chain, x) * len(x)
     assert announced == model._current().bytes == 2 * 2 * 40 * (8 + 7 + 3)
+
+
+def test_other_samples_in_a_second_fit_start_again():
+    model, fresh = module(), module()
+    fit(model, 2)
+    fit(fresh, 2)
+    fit(model, 2, samples(30, seed=1))
+    fresh.reset_auxiliary()
+    fit(fresh, 2, samples(30, seed=1))
+    assert len(model._current().x) == 30
+    assert same(weights(model.network), weights(fresh.network))
+    fit(model, 1, batches=DataLoader(TensorDataset(*samples()), batch_size=16))
+    assert not [name for name, _ in model.named_buffers() if name.startswith("auxiliary")]
+
+
+def test_what_a_checkpoint_held_is_saved_again_before_it_is_used(tmp_path):
+    part, between = module(save_auxiliary=True), module(save_auxiliary=True, seed=1)
+    fit(part, 2).save_checkpoint(tmp_path / "part.ckpt")
+    runner = trainer()
+    runner.validate(between, full_batch(samples()), ckpt_path=tmp_path / "part.ckpt", verbose=False)
+    runner.save_checkpoint(tmp_path / "again.ckpt")
+    first, second = (torch.load(tmp_path / name)["lifted"] for name in ("part.ckpt", "again.ckpt"))
+    for name, tensors in first["variables"].items():
+        assert same(tensors, second["variables"][name])
+
+
+def test_frozen_stages_stay_frozen_and_the_rest_still_descends():
+    model = module()
+    frozen = model.chain[1]
+    frozen.weight.requires_grad_(False)
+    frozen.bias.requires_grad_(False)
+    before = [frozen.weight.clone(), frozen.bias.clone()]
+    values = []
+    for _ in range(4):
+        fit(model, 1)
+        values.append(float(model.report.objective))
+    assert same(before, [frozen.weight, frozen.bias])
+    assert values == sorted(values, reverse=True)
+
+
+def test_one_output_tells_two_classes_apart():
+    x, _ = samples()
+    torch.manual_seed(0)
+    algorithm = ThreeSplitting(alpha=0.01, init="he", bias_update="joint")
+    model = LiftedModule(MLP([FEATURES, 20, 1]).double(), algorithm, "hinge")
+    fit(model, 60, (x, (x[:, 0] > 0).long()))
+    assert float(((model(x)[:, 0] > 0) == (x[:, 0] > 0)).double().mean()) > 0.9
+
+
+def test_the_learning_rate_monitor_finds_nothing_to_stumble_over():
+    model = module()
+    trainer(LearningRateMonitor(), max_epochs=1, logger=MemoryLogger()).fit(model, full_batch(samples()))
+    assert model.sweeps == 1
+
+
+def test_scaled_targets_are_scaled_in_validation_too():
+    x, y = samples()
+    model = module(ThreeSplitting(target_scale=5.0))
+    (result,) = fit(model, 2).validate(model, full_batch((x, y)), verbose=False)
+    target = 5 * nn.functional.one_hot(y, OUTPUTS)
+    expected = 0.5 * (model(x) - target).square().sum() / len(x)
+    assert result["val_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_the_trained_network_exports_and_goes_on_with_adam():
@@ -339,6 +406,9 @@ def algorithms():
     return {
         "proximal": ThreeSplitting(alpha=0.1, init="he"),
         "joint bias, mean": ThreeSplitting(alpha=1e-3, bias_update="joint", reduction="mean"),
+        "recommended": ThreeSplitting(preset="recommended"),
+        "l1": ThreeSplitting(alpha=0.1, weight_penalty=L1(0.1)),
+        "two-splitting": TwoSplitting(alpha=0.1),
         "prox-linear": ResidualSplitting(alpha=0.1, update="prox_linear", order="forward"),
     }
 
@@ -378,6 +448,30 @@ def test_two_processes_equal_one(two_processes):
         fit(model, 2, samples(count))
         for a, b in zip(weights(resumed.network), weights(model.network), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def afterwards(rank, directory):
+    """Fit a lifted module, then an ordinary one with the same Trainer; then give one rank bad data."""
+    runner = trainer(max_epochs=1, devices=2, strategy="ddp")
+    runner.fit(module(), full_batch(samples()))
+    torch.manual_seed(rank)
+    ordinary = Classifier()
+    runner.fit(ordinary, loader())
+    x, y = samples()
+    if rank == 1:
+        x[-1, 0] = torch.nan
+    try:
+        fit(module(), 1, (x, y), devices=2, strategy="ddp")
+    except MisconfigurationException as error:
+        return weights(ordinary), str(error)
+    return None
+
+
+def test_the_next_module_is_wrapped_again_and_bad_data_of_one_process_stops_all(tmp_path):
+    (first, other), (second, own) = run_processes(afterwards, tmp_path)
+    assert same(first, second)
+    assert "Another process was given data" in other
+    assert "finite input" in own
 
 
 def traffic(rank, directory):

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -74,11 +75,14 @@ class LiftedState:
             return self.x[rows]
         return self.variables[name][layer][rows].to(self.x.device, self.x.dtype, non_blocking=True)
 
-    def write(self, name: str, layer: int, rows: slice, value: Tensor) -> Tensor:
-        """Store rows of a variable and return them as they will be read again."""
-        stored = self.variables[name][layer]
-        stored[rows].copy_(value, non_blocking=True)
-        return value if stored.dtype == value.dtype else value.to(stored.dtype).to(value.dtype)
+    def as_stored(self, name: str, layer: int, value: Tensor) -> Tensor:
+        """A value of a variable, rounded as it would be by its storage."""
+        dtype = self.variables[name][layer].dtype
+        return value if dtype == value.dtype else value.to(dtype).to(value.dtype)
+
+    def write(self, name: str, layer: int, rows: slice, value: Tensor) -> None:
+        """Store rows of a variable."""
+        self.variables[name][layer][rows].copy_(value, non_blocking=True)
 
     @property
     def bytes(self) -> int:
@@ -227,13 +231,15 @@ class LiftedAlgorithm(ABC):
 @contextmanager
 def precise(device: torch.device) -> Iterator[None]:
     """Without gradients, autocast or reduced precision (TF32, bfloat16) inside float32 products."""
-    before = torch.get_float32_matmul_precision()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def per_layer(name: str, value: Schedule, sweep: int, depth: int) -> list[float]:
@@ -243,7 +249,8 @@ def per_layer(name: str, value: Schedule, sweep: int, depth: int) -> list[float]
         ValueError: If there is another number of them, or one is negative or not finite.
     """
     now: Any = value(sweep, depth) if callable(value) else value
-    values = [float(now)] * depth if isinstance(now, int | float) else [float(v) for v in now]
+    single = isinstance(now, Real) or getattr(now, "ndim", 1) == 0
+    values = [float(now)] * depth if single else [float(v) for v in now]
     if len(values) != depth:
         raise ValueError(
             f"Expected argument `{name}` to be one number or {depth}, one per stage, but got {len(values)}. Give one "

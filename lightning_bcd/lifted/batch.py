@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.prox.losses import Loss
+
+#: Where Linux tells how much memory there is.
+MEMORY = Path("/proc/meminfo")
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
@@ -64,16 +68,18 @@ def encode_targets(y: Tensor, samples: int, dtype: torch.dtype, num_outputs: int
             "per sample, or real targets with one column per output."
         )
     low, high = (int(v) for v in torch.stack([y.min(), y.max()]).tolist())
-    if low < 0 or high >= num_outputs:
+    # One output tells two classes apart by its sign.
+    classes = 2 if num_outputs == 1 and loss.targets == "sign" else num_outputs
+    if low < 0 or high >= classes:
         raise ValueError(
-            f"Expected class labels from 0 to {num_outputs - 1}, one per output of the network, but got {low} to "
+            f"Expected class labels from 0 to {classes - 1}, one per output of the network, but got {low} to "
             f"{high}. Number the classes from 0 and give the last layer one output per class."
         )
     return loss.encode(y, num_outputs, dtype)
 
 
 class Fingerprint:
-    """Recognises a batch: its size and a checksum that depends on the order of its samples.
+    """Recognises a batch: its size and a checksum of its bits that depends on their order.
 
     Args:
         x: Input.
@@ -99,27 +105,46 @@ class Fingerprint:
 
 
 def same_samples(first: Tensor, second: Tensor) -> bool:
-    """Whether two checksums belong to the same samples; devices sum in different orders."""
-    return bool(torch.allclose(first.cpu(), second.cpu(), rtol=1e-5, atol=1e-8))
+    """Whether two checksums belong to the same samples."""
+    return torch.equal(first.cpu(), second.cpu())
 
 
-def _identity(x: Tensor, y: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), x._version, len(x), y.data_ptr(), y._version)
+def _identity(x: Tensor, y: Tensor) -> tuple[object, ...]:
+    # The tensors themselves: a freed address could be used again.
+    return (_Same(x), x._version, _Same(y), y._version)
+
+
+class _Same:
+    """Compares by identity."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _checksum(x: Tensor, y: Tensor) -> Tensor:
-    # Fixed irregular weights for rows and columns: a permutation of either changes the sum.
-    rows = _weights(len(x), x)
-    flat = x.flatten(1)
-    per_row = flat @ _weights(flat.shape[1], x)
-    targets = y.flatten(1).to(x.dtype).sum(1) if y.dim() > 1 else y.to(x.dtype)
-    sums = [(rows * per_row).sum(dtype=torch.float64), (rows * targets).sum(dtype=torch.float64)]
-    return torch.stack([torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), *sums])
+    """Size and sums of the bits, each times an odd number of its place: exact, so the same on every device."""
+    return torch.stack([torch.tensor(len(x), device=x.device), _bits(x), _bits(y)])
 
 
-def _weights(count: int, like: Tensor) -> Tensor:
-    steps = torch.arange(1, count + 1, dtype=torch.float64, device=like.device)
-    return (1 + torch.frac(steps * 0.6180339887498949)).to(like.dtype)
+def _bits(t: Tensor) -> Tensor:
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    flat = t.reshape(len(t), -1)
+    columns = _odd(flat.shape[1], t.device)
+    total = torch.zeros((), dtype=torch.int64, device=t.device)
+    places = _odd(len(flat), t.device)
+    for rows, weights in zip(torch.split(flat, 4096), torch.split(places, 4096), strict=True):
+        total += ((rows.contiguous().view(kind).long() * columns).sum(1) * weights).sum()
+    return total
+
+
+def _odd(count: int, device: torch.device) -> Tensor:
+    # Overflow wraps around: arithmetic modulo 2⁶⁴, where odd numbers lose nothing.
+    return torch.arange(count, device=device) * 0x1E3779B97F4A7C15 * 2 + 1
 
 
 def check_memory(needed: int, device: torch.device, offload: bool) -> str:
@@ -135,9 +160,11 @@ def check_memory(needed: int, device: torch.device, offload: bool) -> str:
     """
     available = None
     if device.type == "cuda" and not offload:
-        available = torch.cuda.mem_get_info(device)[0]
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        available = torch.cuda.mem_get_info(device)[0] + held
+    elif MEMORY.exists():  # Linux; free memory alone would leave out what the system only caches
+        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMORY.read_text())
+        available = int(found[1]) * 1024 if found else None
     text = f"Auxiliary variables take {needed / 2**20:,.1f} MiB"
     if available is not None and needed > available:
         raise ValueError(

@@ -197,6 +197,10 @@ class Chain:
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
 
+    def hidden_parameters(self) -> list[Tensor]:
+        """Weights and biases of all stages but the last."""
+        return [p for stage in self.stages[:-1] for p in (stage.weight, stage.bias) if p is not None]
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (U_l, V_l) of a forward pass, stage by stage; the last V equals the output."""
@@ -220,10 +224,15 @@ class Chain:
                     f"Expected samples that fit stage '{stage.name}' ({stage.operator}), but got shape {shape} there. "
                     f"Check the input shape, or add nn.Flatten ({error})."
                 ) from error
-            if isinstance(stage.operator, nn.Linear) and u.dim() != 2 and not stage.after:
+            if isinstance(stage.operator, nn.Linear) and len(stage.prepare(x[:0].new_zeros(1, *shape)).shape) != 2:
                 raise ValueError(
                     f"Expected the input of '{stage.name}' to be a matrix (samples × features), but a sample has shape "
                     f"{shape}. Add nn.Flatten in front of it."
+                )
+            if stage.residual and tuple(u.shape[1:]) != shape:
+                raise ValueError(
+                    f"Expected Residual stage '{stage.name}' to keep the shape {shape}, but it gives "
+                    f"{tuple(u.shape[1:])}. Wrap stages of equal width only."
                 )
 
 
@@ -236,7 +245,7 @@ class _Reader:
         self.operator: nn.Linear | nn.Conv2d | None = None
         self.name = ""
         self.after: list[nn.Module] = []
-        self.seen: set[nn.Module] = set()
+        self.seen: set[nn.Parameter] = set()
 
     def read(self, network: nn.Module) -> None:
         self._walk(network, "")
@@ -248,24 +257,24 @@ class _Reader:
             )
 
     def _walk(self, module: nn.Module, name: str) -> None:
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             # Not named_children, which leaves out the second use of a module.
             for key, child in zip(module._modules, module, strict=True):
                 self._walk(child, f"{name}.{key}" if name else key)
         elif isinstance(module, Residual):
             self._read_residual(module, name)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
+        elif type(module) in (nn.Linear, nn.Conv2d) and not any(True for _ in module.children()):
+            assert isinstance(module, nn.Linear | nn.Conv2d)
             self._close(sigma.Identity())
-            if module in self.seen:
-                raise ValueError(f"Expected every module once, but '{name}' is used twice. Give each stage its own.")
-            self.seen.add(module)
+            self._see(module, name)
             self.operator, self.name = module, name
         elif isinstance(module, FIXED):
             # What follows an operator directly may still be followed by its activation.
-            if self.operator is not None and isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0)):
+            pool = module if isinstance(module, nn.AvgPool2d) else None
+            if self.operator is not None and pool and (pool.padding not in (0, (0, 0)) or pool.divisor_override):
                 raise ValueError(
-                    f"Expected average pooling '{name}' behind a linear module to have padding=0, but got "
-                    f"{module.padding}. Put an activation between them, or pad in the convolution."
+                    f"Expected average pooling '{name}' behind a linear module to have padding=0 and no "
+                    f"divisor_override, but got {pool}. Put an activation between them, or pad in the convolution."
                 )
             (self.before if self.operator is None else self.after).append(module)
         elif type(module) in ACTIVATIONS:
@@ -283,6 +292,12 @@ class _Reader:
                 f"Cannot lift module '{name or 'network'}' ({type(module).__name__}). "
                 + (remedy or "Use Sequential, Linear, Conv2d, Flatten, AvgPool2d, Residual and activations.")
             )
+
+    def _see(self, module: nn.Module, name: str) -> None:
+        parameters = set(module.parameters())
+        if parameters & self.seen:
+            raise ValueError(f"Expected every parameter once, but '{name}' is used twice. Give each stage its own.")
+        self.seen |= parameters
 
     def _close(self, activation: Activation, residual: bool = False) -> None:
         if self.operator is None:
@@ -303,7 +318,5 @@ class _Reader:
                 "stage(s) with or without fixed maps. Wrap each stage in a Residual of its own."
             )
         stage = inner[0]
-        if stage.operator in self.seen:
-            raise ValueError(f"Expected every module once, but '{name}' is used twice. Give each stage its own.")
-        self.seen.add(stage.operator)
+        self._see(stage.operator, name)
         self.stages.append(Stage(f"{name}.stage.{stage.name}", stage.operator, stage.activation, (), (), residual=True))

@@ -34,6 +34,11 @@ def restore(saved: dict[str, Any], state: LiftedState, fingerprint: Tensor, proc
     Raises:
         ValueError: If the samples are not those of the checkpoint.
     """
+    if set(saved["variables"]) != set(state.variables):
+        raise ValueError(
+            f"Expected auxiliary variables {sorted(state.variables)} in the checkpoint, but got "
+            f"{sorted(saved['variables'])}: it is of another algorithm. Resume with the one that was saved."
+        )
     rank = dist.get_rank() if processes > 1 else 0
     sizes = _gather(torch.tensor([len(state.x)]), processes).tolist()
     known = saved["fingerprints"]

@@ -31,7 +31,8 @@ class SweepOptimizer(torch.optim.Optimizer):
     """Runs a sweep as its step, so that `trainer.global_step` counts sweeps. It reads no gradients."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__([nn.Parameter(torch.zeros((), device=device))], {})
+        # LearningRateMonitor reads the learning rate of every optimizer.
+        super().__init__([nn.Parameter(torch.zeros((), device=device))], {"lr": 0.0})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Call the closure."""
@@ -110,6 +111,7 @@ class LiftedModule(LightningModule):
         self._velocity: dict[str, Tensor] = {}
         self._comm: Communicator = Alone()
         self._warned = False
+        self._first = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of the network, N × outputs."""
@@ -127,13 +129,17 @@ class LiftedModule(LightningModule):
         strategy = self.trainer.strategy
         if stage != "fit":
             return
-        if isinstance(strategy, DDPStrategy):
+        if isinstance(strategy, DDPStrategy) and "DeepSpeed" not in type(strategy).__name__:
             strategy.configure_ddp = self._equalise  # type: ignore[method-assign]
         elif not isinstance(strategy, SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"Expected Trainer argument `strategy` to be 'auto' or 'ddp' with LiftedModule, but got "
                 f"{type(strategy).__name__}. Samples are shared among processes; weights are not cut in pieces."
             )
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the Trainer's strategy, so that it wraps the next module again."""
+        vars(self.trainer.strategy).pop("configure_ddp", None)
 
     def _equalise(self) -> None:
         # Not the auxiliary variables: every process has its own samples.
@@ -152,7 +158,22 @@ class LiftedModule(LightningModule):
                 f"Expected one training batch per epoch with persist=True, but got {batches}: auxiliary variables "
                 "belong to fixed samples. Use full_batch(train_set), or persist='auto' for the online mode."
             )
+        if self.device.type == "mps":
+            raise MisconfigurationException(
+                "Expected Trainer argument `accelerator` to be 'cpu' or 'gpu' with LiftedModule, but got 'mps', which "
+                "has no float64. Use accelerator='cpu'."
+            )
         self._comm = AllReduce() if self.trainer.world_size > 1 else Alone()
+        # Weights may have changed since the last fit, and so may the samples.
+        self.report, self._first = None, True
+        if not self._persists:
+            self.reset_auxiliary()
+
+    def reset_auxiliary(self) -> None:
+        """Forget the auxiliary variables and free their memory; the next sweep starts from a forward pass."""
+        self._state, self._saved = None, {}
+        for name in [name for name, _ in self.named_buffers(recurse=False) if name.startswith("auxiliary_")]:
+            delattr(self, name)
 
     @property
     def _persists(self) -> bool:
@@ -161,7 +182,7 @@ class LiftedModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Sweep once over the batch."""
         with as_misconfiguration():
-            state = self._recall(batch) if self._persists and self._state is not None else self._begin(batch)
+            state = self._state_of(batch)
         before = self.report
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -179,11 +200,42 @@ class LiftedModule(LightningModule):
         self.report = self.algorithm.sweep(self.chain, state, self.loss, self._comm)
         self.sweeps += 1
 
+    def _state_of(self, batch: Any) -> LiftedState:
+        """The state of the last sweep if the batch is the same; samples may change between two fits, not inside one."""
+        first, self._first = self._first, False
+        if not self._persists or self._state is None:
+            return self._begin(batch)
+        assert self._fingerprint is not None
+        try:
+            self._fingerprint.check(*split_batch(batch))
+        except ValueError:
+            if not first:
+                raise
+            rank_zero_info("The training samples are not those of the last fit: auxiliary variables start again.")
+            self.reset_auxiliary()
+            return self._begin(batch)
+        return self._recall(batch)
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, targets and encoded targets; every process raises if one has bad data."""
+        error: Exception | None = None
+        try:
+            x, targets = split_batch(batch)
+            check_input(x, self.chain)
+            y = encode_targets(targets, len(x), x.dtype, self.num_outputs, self.loss)
+        except (TypeError, ValueError) as found:
+            error = found
+        bad = torch.tensor(float(error is not None), device=self.device)
+        self._comm.sum([bad])
+        if error is not None:
+            raise error
+        if bad > 0:
+            raise ValueError("Another process was given data it cannot use; its message says what. Mend its data.")
+        return x, targets, y
+
     def _begin(self, batch: Any) -> LiftedState:
         """Auxiliary variables for a batch that has none: from a checkpoint, or by a forward pass."""
-        x, targets = split_batch(batch)
-        check_input(x, self.chain)
-        y = encode_targets(targets, len(x), x.dtype, self.num_outputs, self.loss)
+        x, targets, y = self._checked(batch)
         if self._persists:
             needed = self.algorithm.bytes_per_sample(self.chain, x) * len(x)
             rank_zero_info(check_memory(needed, x.device, self.algorithm.offload))
@@ -193,6 +245,8 @@ class LiftedModule(LightningModule):
                 broadcast_tensors(self.network)
             self._initialised = True
         state = self.algorithm.start(self.chain, x, y, self._comm)
+        for name, tensor in self._velocity.items():
+            self._velocity[name] = tensor.to(x.device)
         state.sweep, state.velocity = self.sweeps, self._velocity
         if self._persists:
             self._fingerprint = Fingerprint(x, targets)
@@ -205,10 +259,9 @@ class LiftedModule(LightningModule):
 
     def _recall(self, batch: Any) -> LiftedState:
         """The state of the last sweep, if this is the same batch."""
-        assert self._fingerprint is not None
         x, targets = split_batch(batch)
-        self._fingerprint.check(x, targets)
         state = self._current()
+        state.cache = {name: tensor.to(x.device) for name, tensor in state.cache.items()}
         if x is not state.x:  # the same values, perhaps moved to a device again
             y = encode_targets(targets, len(x), x.dtype, self.num_outputs, self.loss)
             state.x, state.y = x, self.algorithm.scale_targets(y)
@@ -288,7 +341,7 @@ class LiftedModule(LightningModule):
             x, targets = split_batch(batch)
             outputs = self(x)
             y = encode_targets(targets, len(x), outputs.dtype, self.num_outputs, self.loss)
-        loss = self.loss.value(outputs, y) / len(x)
+        loss = self.loss.value(outputs, self.algorithm.scale_targets(y)) / len(x)
         self.log(f"{stage}_loss", loss, batch_size=len(x), sync_dist=self.trainer.world_size > 1)
         accuracy: MulticlassAccuracy | None = getattr(self, f"{stage}_accuracy", None)
         if accuracy is not None and not targets.is_floating_point():
@@ -309,6 +362,8 @@ class LiftedModule(LightningModule):
         if self.save_auxiliary and self._state is not None:
             assert self._fingerprint is not None
             saved |= pack(self._current(), self._fingerprint.value, self._comm.size)
+        elif self._saved:  # loaded, and not yet used
+            saved |= {name: self._saved[name] for name in ("variables", "cache", "fresh", "fingerprints")}
         checkpoint["lifted"] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -322,8 +377,8 @@ class LiftedModule(LightningModule):
                 "lightning-bcd."
             )
         self.sweeps, self._initialised = saved["sweeps"], saved["initialised"]
-        self._velocity = {name: tensor.to(self.device) for name, tensor in saved["velocity"].items()}
-        self._state, self.report = None, None
+        self._velocity = dict(saved["velocity"])
+        self.reset_auxiliary()
         self._saved = saved if "variables" in saved else {}
         if self.sweeps and not self._saved and self.persist is not False:
             rank_zero_info(

@@ -51,6 +51,10 @@ class Growing:
         return [value * self.proximal for value in self.rho(sweep, depth)]
 
 
+#: Ratios of the recommended preset.
+GROWING = Growing(activation=6.0, linear=6.0, last=3000.0, proximal=0.003)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Splitting(LiftedAlgorithm):
     """Hyperparameters of a penalty splitting; see the algorithms themselves.

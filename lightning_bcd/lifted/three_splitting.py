@@ -20,12 +20,10 @@ from torch import Tensor
 
 from lightning_bcd.lifted.algorithm import Communicator, LiftedState, Report, Schedule, check_choice, precise
 from lightning_bcd.lifted.chain import Chain
-from lightning_bcd.lifted.splitting import Growing, Splitting
+from lightning_bcd.lifted.splitting import GROWING, Splitting
 from lightning_bcd.linalg import LeastSquares, RowSolver, power_iteration
 from lightning_bcd.prox.losses import Loss
 
-#: Ratios of the recommended preset.
-GROWING = Growing(activation=6.0, linear=6.0, last=3000.0, proximal=0.003)
 #: Proximal gradient steps on V where a penalty on V leaves no closed form.
 PENALISED_STEPS = 50
 
@@ -106,8 +104,8 @@ class ThreeSplitting(Splitting):
 
     @property
     def descends(self) -> bool:
-        """Whether the objective can never rise: γ, ρ constant, b updated after or with W, no restart, no momentum."""
-        steady = self.restart_every is None and not self.momentum
+        """Whether the objective can never rise: constant γ, ρ; b after or with W; no restart, momentum or rounding."""
+        steady = self.restart_every is None and not self.momentum and self.storage_dtype is None
         return self.constant and steady and self.bias_update != "reference"
 
     def check(self, chain: Chain, loss: Loss) -> None:
@@ -131,13 +129,17 @@ class ThreeSplitting(Splitting):
         with precise(state.x.device):
             if self.restart_every is not None and state.sweep % self.restart_every == 0 and not state.fresh:
                 self.restart(chain, state)
-            before = [p.clone() for p in _hidden(chain)] if self.momentum else []
+            before = [p.clone() for p in chain.hidden_parameters()] if self.momentum else []
             report = self._sweep(chain, state, loss, comm).run()
-            for index, (p, old) in enumerate(zip(_hidden(chain), before, strict=False)):
+            for index, (p, old) in enumerate(zip(chain.hidden_parameters(), before, strict=False)):
                 move = p - old
                 last = state.velocity.get(str(index))
                 state.velocity[str(index)] = move if last is None else move.add_(last, alpha=self.momentum or 0.0)
                 p.copy_(old + move)
+            for stage, penalty in zip(chain, self.weight_penalties(len(chain)), strict=True):
+                if self.momentum:  # back into the constraints: prox with t = 0 projects, and leaves other penalties
+                    blocks = [penalty.prox(block, 0.0) for block in stage.blocks(stage.weight)]
+                    stage.weight.copy_(torch.cat(blocks).view_as(stage.weight))
             return report
 
     def _sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Sweep:
@@ -195,8 +197,8 @@ class Sweep:
             for rows in self.state.rows(self.algorithm.rows_per_chunk(self.state.x)):
                 v_in = self.state.read("v", layer - 1, rows)
                 v = self.update_v(layer, rows, v_in)
-                u = self.update_u(layer, rows, v, v_in)
-                self.collect(layer, least_squares, v_in, u)
+                error = self.update_u(layer, rows, v, v_in)
+                self.collect(layer, least_squares, v_in, error)
             self.update_w(layer, least_squares)
         self.state.sweep += 1
         self.state.fresh = False
@@ -209,7 +211,7 @@ class Sweep:
         if layer == len(self.chain) - 1:
             v = self.last_v(layer, rows, v_in)
             self.data_fit += self.algorithm.kappa * self.loss.value(v, self.state.y[rows])
-            return self.state.write("v", layer, rows, v)
+            return self.keep_v(layer, rows, v)
         weight, centre = self.pull(layer, rows, v_in)
         target = self.state.read("u", layer + 1, rows)
         stage = self.chain[layer + 1]
@@ -223,7 +225,13 @@ class Sweep:
             self.linear[layer + 1] += square
         if self.algorithm.activation_penalty is not None:
             self.on_v[layer] += self.algorithm.activation_penalty.value(v)
-        return self.state.write("v", layer, rows, v)
+        return self.keep_v(layer, rows, v)
+
+    def keep_v(self, layer: int, rows: slice, v: Tensor) -> Tensor:
+        """Store V_l and return it as it is stored."""
+        v = self.state.as_stored("v", layer, v)
+        self.state.write("v", layer, rows, v)
+        return v
 
     def last_v(self, layer: int, rows: slice, v_in: Tensor) -> Tensor:
         """V_L = argmin κR(V; Y) + γ/2 ‖V − U_L‖² + α/2 ‖V − V_old‖²."""
@@ -287,7 +295,7 @@ class Sweep:
     # -- U ------------------------------------------------------------------------------------------------
 
     def update_u(self, layer: int, rows: slice, v: Tensor, v_in: Tensor) -> Tensor:
-        """U_l = argmin γ/2 ‖V_l − σ(U)‖² + ρ/2 ‖U − V_{l-1}W_lᵀ − b_l‖² + α/2 ‖U − U_old‖² (no α at l = L)."""
+        """U_l = argmin γ/2 ‖V_l − σ(U)‖² + ρ/2 ‖U − P_l‖² + α/2 ‖U − U_old‖² (no α at l = L); returns U_l − P_l."""
         stage, gamma, rho, alpha = self.chain[layer], self.gamma[layer], self.rho[layer], self.alpha[layer]
         product = self.state.read("u", layer, rows) if self.fresh else stage.forward(v_in)
         a = v - v_in if stage.residual else v
@@ -297,9 +305,11 @@ class Sweep:
             old = self.state.read("u", layer, rows)
             centre = torch.lerp(product, old, alpha / (rho + alpha)) if alpha else product
             u = stage.activation.solve(a, centre, (rho + alpha) / gamma, old=old)
-        u = self.state.write("u", layer, rows, u)
+        u = self.state.as_stored("u", layer, u)
+        error = u - product  # before U is overwritten: after a forward pass it is the product
+        self.state.write("u", layer, rows, u)
         self.settle(layer, a, u)
-        return u
+        return error
 
     def settle(self, layer: int, a: Tensor, u: Tensor) -> None:
         """Add ‖V_l − σ(U_l)‖² to the report."""
@@ -317,10 +327,10 @@ class Sweep:
         rows = len(state.x) if alone else None
         return [LeastSquares(d, m, state.x.device, rows=rows, gram=gram) for gram in grams]
 
-    def collect(self, layer: int, least_squares: list[LeastSquares], v_in: Tensor, u: Tensor) -> None:
-        """Add rows to the sums."""
+    def collect(self, layer: int, least_squares: list[LeastSquares], v_in: Tensor, error: Tensor) -> None:
+        """Add rows to the sums: of U_l − P_l on V_{l-1}, so that rounding touches the change of the weights only."""
         stage = self.chain[layer]
-        inputs, outputs = stage.rows(v_in), stage.columns(u)
+        inputs, outputs = stage.rows(v_in), stage.columns(error)
         groups = len(least_squares)
         for part, v, t in zip(least_squares, inputs.chunk(groups, 1), outputs.chunk(groups, 1), strict=True):
             part.add(v, t)
@@ -329,28 +339,35 @@ class Sweep:
         """W_l, b_l: least squares of U_l on V_{l-1} with proximal weight α, or one proximal gradient step."""
         stage, algorithm = self.chain[layer], self.algorithm
         self.comm.sum([total for part in least_squares for total in part.totals])
-        groups = len(least_squares)
-        weights = stage.blocks(stage.weight)
-        biases = [None] * groups if stage.bias is None else list(stage.bias.chunk(groups))
-        assert algorithm.bias_update is not None
+        blocks = stage.blocks(stage.weight)
+        biases = [None] * len(blocks) if stage.bias is None else list(stage.bias.chunk(len(blocks)))
+        options: dict[str, Any] = {
+            "rho": self.rho[layer] / self.samples,
+            "alpha": self.alpha[layer],
+            "penalty": self.penalties[layer],
+            "bias_update": algorithm.bias_update,
+        }
         square = torch.zeros((), dtype=torch.float64, device=self.state.x.device)
-        for index, (part, weight, bias) in enumerate(zip(least_squares, weights, biases, strict=True)):
-            options: dict[str, Any] = {
-                "rho": self.rho[layer] / self.samples,
-                "alpha": self.alpha[layer],
-                "penalty": self.penalties[layer],
-                "bias_update": algorithm.bias_update,
-            }
-            if algorithm.update == "proximal":
-                w, b = part.solve(weight, bias, **options)
+        for index, (part, weight, bias) in enumerate(zip(least_squares, blocks, biases, strict=True)):
+            zeros, b_zeros = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+            if not stage.weight.requires_grad:  # the user froze the stage
+                change: tuple[Tensor, Tensor | None] = (zeros.double(), b_zeros)
+            elif algorithm.update == "proximal":
+                change = part.solve(zeros, b_zeros, shift=weight, **options)
             else:
-                w, b = part.step(weight, bias, **options, lipschitz=algorithm.step == "lipschitz")
-            weight.copy_(w)  # views of the parameters
-            if bias is not None and b is not None:
-                bias.copy_(b)
-            square = square + part.residual_square(weight, bias)
+                lipschitz = algorithm.step == "lipschitz"
+                change = part.step(zeros, b_zeros, shift=weight, lipschitz=lipschitz, **options)
+            weight, old = (weight.double() + change[0]).to(weight.dtype), weight.double()
+            if bias is not None and change[1] is not None:
+                b_old = bias.double().clone()
+                bias.copy_(b_old + change[1])
+                change = (change[0], bias.double() - b_old)
+            square = square + part.residual_square(weight.double() - old, change[1])
+            blocks = (*blocks[:index], weight, *blocks[index + 1 :])
             if layer == 0 and part.rows is None:
                 self.state.cache[f"gram_{index}"] = part.gram
+        # Not through views of the parameter: one with another memory format has none.
+        stage.weight.copy_(torch.cat(blocks).view_as(stage.weight))
         # Reduced already: every process holds the whole sum, so one of them reports it.
         if layer == 0 or algorithm.order == "forward":
             self.linear[layer] += square / self.comm.size
@@ -373,11 +390,6 @@ class Sweep:
                 "linear": list((self.linear / entries).sqrt().unbind()),
             },
         )
-
-
-def _hidden(chain: Chain) -> list[Tensor]:
-    """Weights and biases of all stages but the last."""
-    return [p for stage in list(chain)[:-1] for p in (stage.weight, stage.bias) if p is not None]
 
 
 def _row_squares(t: Tensor) -> Tensor:

@@ -179,7 +179,9 @@ class Sweep:
         if layer == len(self.chain) - 1:
             v = self.loss.prox(centre, self.algorithm.kappa / weight, y)
             self.data_fit += self.algorithm.kappa * self.loss.value(v, y)
-            return self.state.write("v", layer, rows, v)
+            v = self.state.as_stored("v", layer, v)
+            self.state.write("v", layer, rows, v)
+            return v
         target = self.state.read("v", layer + 1, rows)
         if self.solver is not None:
             bias = self.chain[layer + 1].bias
@@ -189,7 +191,9 @@ class Sweep:
         self.coupling[layer + 1] += square
         if self.on_activations is not None:
             self.on_v[layer] += self.on_activations.value(v)
-        return self.state.write("v", layer, rows, v.view_as(old))
+        v = self.state.as_stored("v", layer, v.view_as(old))
+        self.state.write("v", layer, rows, v)
+        return v
 
     def descend_v(self, layer: int, v: Tensor, weight: float, centre: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Proximal gradient steps on V_l, every sample with an L of its own; also ‖V_{l+1} − σ(A(V) + b)‖².

@@ -4,8 +4,8 @@
 
 In the letters of the papers a is the auxiliary variable V, c the pre-activation P and g = ρ/γ; the problem is not
 convex. Piecewise linear activations compare one closed-form candidate per piece (Zeng, Lau, Lin, Yao, ICML 2019).
-Smooth ones bracket the minimisers on a fixed grid and refine them by safeguarded Newton steps. `torch.lerp` with
-weights 0 and 1 makes the choices: exact, and on a CPU many times faster than `torch.where`.
+Smooth ones bracket the minimisers on a fixed grid and refine them by safeguarded Newton steps. Choices are made by
+`torch.lerp` with weights 0 and 1: exact, and on a CPU many times faster than `torch.where`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# (low, high, slope, offset): σ(u) = slope · u + offset for low ≤ u ≤ high.
-Piece: TypeAlias = tuple[float, float, float, float]
+Piece: TypeAlias = tuple[float, float, float, float]  # (low, high, slope, offset): σ(u) = slope · u + offset there
 
 # Fine where exp(−|u|) bends σ, coarse up to where it vanishes next to 1 even times a million.
 _GRID = (*(5 * k - 9.5 for k in range(-6, 0)), *(k / 2 for k in range(-19, 20)), *(5 * k + 9.5 for k in range(1, 7)))
@@ -218,7 +217,7 @@ class SmoothActivation(Activation):
     them, so the first and the last bracket miss none. Outside the grid the minimiser is c or has a closed form.
     """
 
-    iterations: ClassVar[int] = 14
+    iterations: ClassVar[int] = 16
     linear_tail: ClassVar[bool] = True  # σ(u) = u on the right of the grid, else constant
     turns: ClassVar[tuple[int, ...]] = ()  # grid points at (GELU: next to) the turning points of σ
 
@@ -257,13 +256,13 @@ class SmoothActivation(Activation):
         points, brackets = points.to(a), []
         for begin, stop in pairwise((0, *self.turns, len(table) - 1)):
             inside = minima & ((1 << stop) - (1 << begin))
-            # Without a sign change two roots may still hide next to a turning point; with one, in the next cell.
+            # Two roots can hide in a cell with equal signs: next to a turning point, or in the next two cells.
             filled = inside | (1 << (stop - 1))
             first, last = _highest_bit(filled & -filled), _highest_bit(inside | (1 << begin))
-            low = points[(first - (((falls << 1) >> first) & 1)).clamp_(min=begin)]
-            brackets.append((low, points[first + 1], low))
-            high = points[(last + 2 - ((falls >> (last + 2)) & 1)).clamp_(max=stop)]
-            brackets.append((points[last], high, high))
+            before, after = ((falls << 2) >> first) & 3, (~falls >> (last + 2)) & 3
+            low = points[(first - (before >> 1) - (before & (before >> 1))).clamp_(min=begin)]
+            high = points[(last + 1 + (after & 1) + (after & (after >> 1))).clamp_(max=stop)]
+            brackets += [(low, points[first + 1], low), (points[last], high, high)]
         return brackets
 
     def _newton(self, a: Tensor, c: Tensor, g: float | Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
@@ -384,9 +383,8 @@ def _gated(u: Tensor, p: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tens
     return u * p, torch.addcmul(p, u, slope), torch.addcmul(2 * slope, u, curvature)
 
 
-def _solve_piece(
-    a: Tensor, c: Tensor, g: float | Tensor, low: float, high: float, slope: float, offset: float
-) -> Tensor:
+def _solve_piece(a: Tensor, c: Tensor, g: float | Tensor, *piece: float) -> Tensor:
+    low, high, slope, offset = piece
     if slope == 0:
         return c.clamp(low, high)  # c itself: the formula would round it
     return (((a - offset) * slope + g * c) / (slope**2 + g)).clamp_(low, high)

@@ -117,7 +117,8 @@ class CrossEntropyLoss(Loss):
         solver: `"newton"` solves the scalar dual of each row to machine precision in a fixed number of steps.
             `"fista"` is the accelerated proximal gradient method of the published dlADMM and pdADMM codes (step 4, at
             most `max_iterations` steps, ends when the objective of all rows changes by less than 1e-3), for
-            comparison with them: inexact, and it waits for the device once per step.
+            comparison with them: inexact, its step is too long to converge for t above about 3, and it waits for the
+            device once per step.
         max_iterations: Most steps of `"fista"`; the published codes use 500 and 50.
 
     Raises:
@@ -285,17 +286,18 @@ def _cross_entropy_newton(v: Tensor, t: float, y: Tensor) -> Tensor:
     softmax(u) = τ exp(ℓ). So s is the root of log Σ τ exp(ℓ(s)), a decreasing function: Newton inside a bracket.
     """
     tau, log_tau, classes = 1 / t, -math.log(t), v.shape[1]
-    shift = torch.add(v, y, alpha=t).sub_(log_tau)
+    centre = torch.add(v, y, alpha=t)
+    shift, top = centre - log_tau, centre.amax(dim=1, keepdim=True)
     # At `low` the largest entry of the softmax exceeds 1, at `high` all are below 1/K; the 1 is room for rounding.
-    top = torch.add(v, y, alpha=t).amax(dim=1, keepdim=True)
     low, high = top - t - 1, top - t / classes + math.log(classes) + 1
     s = torch.minimum(torch.maximum(torch.logsumexp(v, dim=1, keepdim=True), low), high)
-    for _ in range(10):
+    for _ in range(12):
         w = torch.exp(_log_omega(shift - s))
         total, slope = tau * w.sum(dim=1, keepdim=True), tau * (w / (1 + w)).sum(dim=1, keepdim=True)
         excess = torch.log(total)
         low, high = torch.where(excess > 0, s, low), torch.where(excess > 0, high, s)
-        newton = s + total * excess / slope
+        # The sum is convex: its own Newton step never passes the root from the left, that of the logarithm may cycle.
+        newton = s + torch.where(excess > 0, total - 1, total * excess) / slope
         s = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
     ell = _log_omega(shift - s)
     # The first is exact to rounding in u − v, which large τ multiplies; the second in u.
