@@ -14,6 +14,7 @@ from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.layers import Abs, Residual, Sign
 from lightning_bcd.lifted.residual import ResidualSplitting
 from lightning_bcd.lifted.three_splitting import ThreeSplitting
+from lightning_bcd.lifted.two_splitting import TwoSplitting
 from lightning_bcd.prox import (
     L1,
     ElasticNet,
@@ -458,6 +459,13 @@ def test_what_does_not_suit_the_network_is_named():
         ThreeSplitting(weight_penalty=[L1(1.0)]).check(chain, squared)
     with pytest.raises(ValueError, match="Use ResidualSplitting"):
         ThreeSplitting().check(Chain(network((4, 4, 3), residual=True)), squared)
+    half = network((4, 5, 3))
+    half[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="stage '0' to be both trained or both frozen"):
+        ThreeSplitting().check(Chain(half), squared)
+    half[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\['0'\] are frozen. Use ThreeSplitting"):
+        TwoSplitting().check(Chain(half), squared)
     with pytest.raises(ValueError, match="`target_scale` to be 1 with CrossEntropyLoss"):
         ThreeSplitting(target_scale=2.0).check(chain, resolve_loss("cross_entropy"))
 

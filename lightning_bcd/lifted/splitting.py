@@ -169,6 +169,12 @@ class Splitting(LiftedAlgorithm):
             if hasattr(self, name):
                 self.numbers(name, 0, len(chain))
         self.weight_penalties(len(chain))
+        for stage in chain:
+            if stage.bias is not None and stage.bias.requires_grad != stage.weight.requires_grad:
+                raise ValueError(
+                    f"Expected weight and bias of stage '{stage.name}' to be both trained or both frozen, but one has "
+                    "requires_grad=False. Freeze or unfreeze both."
+                )
         if self.target_scale != 1 and not isinstance(loss, SquaredLoss):
             raise ValueError(
                 f"Expected argument `target_scale` to be 1 with {type(loss).__name__}, but got {self.target_scale}. "

@@ -85,6 +85,8 @@ class TwoSplitting(Splitting):
         super().check(chain, loss)
         if names := [stage.name for stage in chain if stage.residual]:
             raise ValueError(f"Expected no skip connections, but got Residual at {names}. Use ResidualSplitting.")
+        if names := [stage.name for stage in chain if not stage.weight.requires_grad]:
+            raise ValueError(f"Expected every stage to be trained, but {names} are frozen. Use ThreeSplitting.")
         if names := [stage.name for stage in chain if not stage.activation.differentiable]:
             raise ValueError(
                 f"Expected activations that gradients pass, but got Sign after {names}. Use ThreeSplitting."
