@@ -6,7 +6,7 @@ import pytest
 import torch
 from toolbox import Classifier, loader, same, trainer, weights
 
-from lightning_bcd import BCDCallback, estimate_memory
+from lightning_bcd import MLP, BCDCallback, LiftedModule, ThreeSplitting, estimate_memory, full_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -83,3 +83,35 @@ def test_scores_are_measured_on_the_device():
     _, callback, _ = fit("reset", "greedy")
     assert min(callback.strategy.visits) >= 1
     assert all(score > 0 for score in callback.strategy.scores)
+
+
+def lifted(accelerator, **options):
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MLP([6, 8, 3]).double()
+    model = LiftedModule(network, ThreeSplitting(alpha=0.1, **options), save_auxiliary=True)
+    run = trainer(accelerator=accelerator, max_epochs=3)
+    run.fit(model, full_batch((x, (x[:, 0] > 0).long())))
+    return model, run
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": True}, {"update": "prox_linear", "step": "lipschitz"}])
+def test_lifted_sweeps_on_a_gpu_equal_those_on_the_cpu(options):
+    (gpu, _), (cpu, _) = lifted("gpu", **options), lifted("cpu", **options)
+    for a, b in zip(weights(gpu.network), weights(cpu.network), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-9)
+    held = gpu._current().variables["v"][0]
+    assert held.is_pinned() == bool(options.get("offload"))
+
+
+def test_a_lifted_run_of_a_gpu_goes_on_on_the_cpu(tmp_path):
+    model, run = lifted("gpu", momentum=0.5)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    resumed, _ = lifted("cpu", momentum=0.5)
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = full_batch((x, (x[:, 0] > 0).long()))
+    trainer(accelerator="cpu", max_epochs=5).fit(resumed, batch, ckpt_path=tmp_path / "run.ckpt")
+    trainer(accelerator="cpu", max_epochs=2).fit(model, batch)
+    for a, b in zip(weights(resumed.network), weights(model.network), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
