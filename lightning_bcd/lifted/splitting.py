@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -153,6 +153,13 @@ class Splitting(LiftedAlgorithm):
         """κ, the factor of the loss."""
         assert self.fit_weight is not None
         return self.fit_weight
+
+    def forward_pass(self, chain: Chain, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (U_l, V_l) of a forward pass, hidden V_l inside the set of a constraint."""
+        for layer, (u, v) in enumerate(chain.forward(x)):
+            if self.activation_penalty is not None and layer < len(chain) - 1:
+                v = self.activation_penalty.prox(v, 1.0)
+            yield u, v
 
     def samples_of_mean(self, state: LiftedState) -> float:
         """What terms over samples are divided by."""

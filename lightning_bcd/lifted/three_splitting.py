@@ -119,9 +119,7 @@ class ThreeSplitting(Splitting):
 
     def variables(self, chain: Chain, x: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield V_l and U_l of a forward pass."""
-        for layer, (u, v) in enumerate(chain.forward(x)):
-            if self.activation_penalty is not None and layer < len(chain) - 1:
-                v = self.activation_penalty.prox(v, 1.0)
+        for u, v in self.forward_pass(chain, x):
             yield {"v": v, "u": u}
 
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:

@@ -94,9 +94,7 @@ class TwoSplitting(Splitting):
 
     def variables(self, chain: Chain, x: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield V_l of a forward pass."""
-        for layer, (_, v) in enumerate(chain.forward(x)):
-            if self.activation_penalty is not None and layer < len(chain) - 1:
-                v = self.activation_penalty.prox(v, 1.0)
+        for _, v in self.forward_pass(chain, x):
             yield {"v": v}
 
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
