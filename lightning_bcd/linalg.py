@@ -20,7 +20,7 @@ BIAS_UPDATES = ("exact", "reference", "joint")
 #: Added to the diagonal, relative to its mean, until a factorisation succeeds.
 JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)
 #: Columns per block of a Gram matrix: blocks below the diagonal are mirrored, not multiplied.
-GRAM_BLOCK = 384
+GRAM_BLOCK = 200
 
 
 def gram(v: Tensor) -> Tensor:
