@@ -188,7 +188,8 @@ class LiftedModule(LightningModule):
         assert not isinstance(optimizer, list)
         # The gradient scaler of 16-mixed precision insists on a backward pass and a gradient; this one is zero.
         self.manual_backward(optimizer.param_groups[0]["params"][0] * 0)
-        optimizer.step(closure=lambda: self._sweep(state))
+        with as_misconfiguration(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            optimizer.step(closure=lambda: self._sweep(state))
         assert self.report is not None
         self._check_objective(before, self.report)
         self._log_report(self.report, len(state.x))
@@ -206,15 +207,19 @@ class LiftedModule(LightningModule):
         if not self._persists or self._state is None:
             return self._begin(batch)
         assert self._fingerprint is not None
-        try:
-            self._fingerprint.check(*split_batch(batch))
-        except ValueError:
-            if not first:
-                raise
-            rank_zero_info("The training samples are not those of the last fit: auxiliary variables start again.")
-            self.reset_auxiliary()
-            return self._begin(batch)
-        return self._recall(batch)
+        changed = torch.tensor(float(not self._fingerprint.matches(*split_batch(batch))), device=self.device)
+        self._comm.sum([changed])  # all processes do the same
+        if not changed:
+            return self._recall(batch)
+        if not first:
+            raise ValueError(
+                f"Expected the same {len(self._state.x)} samples in the same order in every sweep, because each has "
+                "auxiliary variables of its own, but the batch changed. Use full_batch(train_set): no shuffling, no "
+                "random augmentation, no drop_last. Or use persist=False."
+            )
+        rank_zero_info("The training samples are not those of the last fit: auxiliary variables start again.")
+        self.reset_auxiliary()
+        return self._begin(batch)
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Input, targets and encoded targets; every process raises if one has bad data."""
