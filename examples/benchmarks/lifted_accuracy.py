@@ -179,6 +179,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     nets = sorted({r["net"] for r in results})
     canvas, panels = plt.subplots(1, len(nets), figsize=(5.5 * len(nets), 4), squeeze=False, layout="constrained")
@@ -194,6 +195,9 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
             else:
                 axes.plot(seconds, accuracy, color=colours[result["row"]], label=label, linewidth=1, marker=".")
         axes.set(title=f"{net} net", xlabel="seconds of training", ylabel="test accuracy", ylim=(0.88, 1), xscale="log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     canvas.savefig(path, dpi=120)
