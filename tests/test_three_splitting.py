@@ -308,6 +308,21 @@ def test_momentum_leaves_constraints_satisfied():
         assert all(float(stage.weight.min()) >= 0 for stage in chain)
 
 
+def test_momentum_leaves_frozen_stages_alone():
+    loss = resolve_loss("squared")
+    x, y = problem(30, 6, 3, loss)
+    net = network((6, 8, 5, 3))
+    for p in net[0].parameters():
+        p.requires_grad_(False)
+    before = [p.clone() for p in net[0].parameters()]  # some are negative
+    chain, algorithm = Chain(net), ThreeSplitting(momentum=0.9, weight_penalty=NonNegative())
+    state = algorithm.start(chain, x, y, Alone())
+    for _ in range(2):
+        algorithm.sweep(chain, state, loss, Alone())
+    assert all(torch.equal(a, b) for a, b in zip(before, net[0].parameters(), strict=True))
+    assert float(chain[1].weight.min()) >= 0
+
+
 def test_the_objective_of_float32_runs_is_reported_to_rounding():
     """Inputs far from zero make sums large and residuals small."""
     loss = resolve_loss("squared")

@@ -23,6 +23,7 @@ from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.splitting import GROWING, Splitting
 from lightning_bcd.linalg import LeastSquares, RowSolver, power_iteration
 from lightning_bcd.prox.losses import Loss
+from lightning_bcd.prox.penalties import NoPenalty
 
 #: Proximal gradient steps on V where a penalty on V leaves no closed form.
 PENALISED_STEPS = 50
@@ -134,8 +135,9 @@ class ThreeSplitting(Splitting):
                 last = state.velocity.get(str(index))
                 state.velocity[str(index)] = move if last is None else move.add_(last, alpha=self.momentum or 0.0)
                 p.copy_(old + move)
-            for stage, penalty in zip(chain, self.weight_penalties(len(chain)), strict=True):
-                if self.momentum:  # back into the constraints: prox with t = 0 projects, and leaves other penalties
+            for stage, penalty in zip(list(chain)[:-1], self.weight_penalties(len(chain)), strict=False):
+                # Back into constraints that the move left; the prox of other penalties does nothing with t = 0.
+                if self.momentum and stage.weight.requires_grad and not isinstance(penalty, NoPenalty):
                     blocks = [penalty.prox(block, 0.0) for block in stage.blocks(stage.weight)]
                     stage.weight.copy_(torch.cat(blocks).view_as(stage.weight))
             return report
