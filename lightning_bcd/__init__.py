@@ -6,8 +6,11 @@ from lightning_bcd.comparison import compare_training_methods
 from lightning_bcd.compiling import compile_blocks
 from lightning_bcd.coordinator import BlockCoordinateDescentCoordinator
 from lightning_bcd.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, full_batch
+from lightning_bcd.lifted.dladmm import DLADMM
 from lightning_bcd.lifted.layers import MLP, Abs, Residual, Sign
 from lightning_bcd.lifted.module import LiftedModule
+from lightning_bcd.lifted.pdadmm import PDADMM, PDADMMG
+from lightning_bcd.lifted.quantized import PDADMMGQ
 from lightning_bcd.lifted.residual import ResidualSplitting
 from lightning_bcd.lifted.three_splitting import ThreeSplitting
 from lightning_bcd.lifted.two_splitting import TwoSplitting
@@ -22,7 +25,11 @@ from lightning_bcd.tracking import BlockLossTracker
 __version__ = "0.1.0"
 
 __all__ = [
+    "DLADMM",
     "MLP",
+    "PDADMM",
+    "PDADMMG",
+    "PDADMMGQ",
     "Abs",
     "BCDCallback",
     "BCDMixin",

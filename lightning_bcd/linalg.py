@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,21 @@ BiasUpdate = Literal["exact", "reference", "joint"]
 BIAS_UPDATES = ("exact", "reference", "joint")
 #: Added to the diagonal, relative to its mean, until a factorisation succeeds.
 JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)
+#: Chunks whose products are added up in the precision of the data before they join the float64 sums.
+PARTIAL_CHUNKS = 8
 #: Columns per block of a Gram matrix: blocks below the diagonal are mirrored, not multiplied.
 GRAM_BLOCK = 200
 
 
 def gram(v: Tensor) -> Tensor:
-    """Return VᵀV of an N × d matrix, multiplying only blocks on and above the diagonal."""
+    """Return VᵀV of an N × d matrix by half of its products.
+
+    NumPy hands a matrix times its own transpose to the symmetric rank-k update of BLAS, which torch does not offer.
+    On other devices and for other types only blocks on and above the diagonal are multiplied.
+    """
+    if v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64):
+        matrix = v.numpy(force=True)
+        return torch.from_numpy(np.matmul(matrix.T, matrix))
     d = v.shape[1]
     parts = max(1, round(d / GRAM_BLOCK))
     if parts == 1:
@@ -114,6 +124,8 @@ class LeastSquares:
         self.gram = gram if gram is not None else zeros(d, d)
         self.cross, self.sum_v, self.sum_u = zeros(m, d), zeros(d), zeros(m)
         self.count, self.square = zeros(), zeros()
+        self.partial: list[Tensor] = []  # cross and Gram matrix of the last chunks, in the precision of the data
+        self.chunks = 0
         self.rounding = 0.0
         few = rows is not None and rows < d and not self.known_gram
         self.rows: list[tuple[Tensor, Tensor]] | None = [] if few else None
@@ -121,6 +133,7 @@ class LeastSquares:
     @property
     def totals(self) -> list[Tensor]:
         """The sums over samples; adding them up over ranks gives one process's result."""
+        self._flush()
         known = [] if self.known_gram else [self.gram]
         return [*known, self.cross, self.sum_v, self.sum_u, self.count, self.square]
 
@@ -134,9 +147,18 @@ class LeastSquares:
         if self.rows is not None:
             self.rows.append((v, u))
             return
-        self.cross += u.T @ v
+        products = [u.T @ v if not self.partial else torch.addmm(self.partial[0], u.T, v, out=self.partial[0])]
         if not self.known_gram:
-            self.gram += gram(v)
+            products.append(gram(v) if not self.partial else self.partial[1].add_(gram(v)))
+        self.partial = products
+        self.chunks += 1
+        if self.chunks % PARTIAL_CHUNKS == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        for total, partial in zip((self.cross, self.gram), self.partial, strict=False):
+            total += partial
+        self.partial = []
 
     def solve(
         self,
@@ -238,6 +260,7 @@ class LeastSquares:
 
     def _system(self, b: Tensor | None, rho: float, alpha: float, joint: bool) -> tuple[Tensor, Tensor]:
         """ρVᵀV and ρ(U − 1bᵀ)ᵀV, with b eliminated if `joint`."""
+        self._flush()
         if self.rows:
             self.cross += sum(u.T @ v for v, u in self.rows)
             self.gram += sum(gram(v) for v, _ in self.rows)
@@ -273,6 +296,7 @@ class LeastSquares:
         if self.rows is not None:
             errors = [u.double() - v.double() @ w.T - (0 if bias is None else bias) for v, u in self.rows]
             return torch.stack([e.square().sum() for e in errors]).sum()
+        self._flush()
         square = self.square + ((w @ self.gram - 2 * self.cross) * w).sum()
         if bias is not None:
             b = bias.double()

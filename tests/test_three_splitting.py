@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_bcd.lifted.algorithm import Alone
+from lightning_bcd.communicator import Alone
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.layers import Abs, Residual, Sign
 from lightning_bcd.lifted.residual import ResidualSplitting

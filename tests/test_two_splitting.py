@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lightning_bcd.lifted.algorithm import Alone
+from lightning_bcd.communicator import Alone
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.layers import Abs, Residual, Sign
 from lightning_bcd.lifted.two_splitting import TwoSplitting

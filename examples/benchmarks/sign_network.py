@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bcd import MLP, MNISTDataModule, ThreeSplitting
-from lightning_bcd.lifted.algorithm import Alone
+from lightning_bcd.communicator import Alone
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.linalg import LeastSquares
 from lightning_bcd.prox import NoPenalty, Ridge, resolve_loss

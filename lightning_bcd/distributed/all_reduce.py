@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_bcd.communicator import Communicator
 
-class AllReduce:
+
+class AllReduce(Communicator):
     """Adds tensors up over all processes of the default group, in one float64 message.
 
     Every process gets the same bits and solves the same small systems. What travels are Gram matrices, cross products
@@ -31,3 +33,10 @@ class AllReduce:
         self.bytes += message.numel() * message.element_size()
         for tensor, part in zip(tensors, torch.split(message, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def extremes(self, bounds: Tensor) -> Tensor:
+        """Return the smallest of the first entry and the largest of the second over all processes."""
+        message = bounds * bounds.new_tensor([-1, 1])
+        dist.all_reduce(message, dist.ReduceOp.MAX)
+        self.bytes += message.numel() * message.element_size()
+        return message * bounds.new_tensor([-1, 1])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_bcd.communicator import Communicator
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.initialisation import INITS, initialise
 from lightning_bcd.prox.losses import Loss
@@ -22,24 +24,6 @@ CHUNK_CPU, CHUNK_CUDA = 512, 16384
 Schedule = float | Sequence[float] | Callable[[int, int], float | Sequence[float]]
 
 
-class Communicator(Protocol):
-    """Adds sums over samples up over the processes that share them."""
-
-    size: int
-
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its sum over all processes."""
-
-
-class Alone:
-    """The communicator of one process."""
-
-    size = 1
-
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Leave the tensors as they are."""
-
-
 @dataclass
 class LiftedState:
     """Auxiliary variables of a batch, one tensor per stage, and where a run stands.
@@ -47,7 +31,7 @@ class LiftedState:
     Attributes:
         x: Input, N × …
         y: Encoded targets, N × outputs.
-        variables: Name ("v", "u") → one tensor per stage, rows = samples, in their storage dtype and place.
+        variables: Name ("v", "u") → one tensor per stage that has it, rows = samples, in their storage dtype and place.
         samples: Number of samples over all processes.
         sweep: Sweeps done.
         fresh: Whether the variables are those of a forward pass with the present weights.
@@ -99,6 +83,7 @@ class Report:
         coupling: Per stage, the γ terms (activation).
         linear: Per stage, the ρ terms (pre-activation); zero for algorithms that have none.
         penalty: Per stage, r(W) + s(V).
+        dual: Per stage, the terms of dual variables; empty for algorithms that have none.
         residuals: Name → per stage, root mean square of a constraint's violation.
     """
 
@@ -106,12 +91,18 @@ class Report:
     coupling: list[Tensor]
     linear: list[Tensor]
     penalty: list[Tensor]
+    dual: list[Tensor] = field(default_factory=list)
     residuals: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def objective(self) -> Tensor:
         """The sum of all terms."""
-        return self.data_fit + torch.stack([*self.coupling, *self.linear, *self.penalty]).sum()
+        return self.data_fit + torch.stack([*self.coupling, *self.linear, *self.penalty, *self.dual]).sum()
+
+    def of_stage(self, stage: int) -> Tensor:
+        """The sum of a stage's terms."""
+        terms = (self.coupling, self.linear, self.penalty, self.dual)
+        return torch.stack([values[stage] for values in terms if values]).sum()
 
     def largest_rise(self, before: Report) -> tuple[int, str]:
         """Stage and name of the term that grew most since an earlier report."""
@@ -146,7 +137,17 @@ class LiftedAlgorithm(ABC):
     storage_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     offload: bool = False
 
+    #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
     def __post_init__(self) -> None:
+        if self.presets:
+            preset = getattr(self, "preset", None)
+            check_choice("preset", preset, [None, *(name for name in self.presets if name != "paper")])
+            chosen = self.presets["paper"] | self.presets.get(preset or "paper", {})
+            for name in (field.name for field in fields(self)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, chosen.get(name))  # the dataclass is frozen
         check_choice("init", self.init, [None, *INITS])
         check_choice("storage_dtype", self.storage_dtype, [None, "float32", "float64", "bfloat16", "float16"])
         if self.chunk_size is not None and self.chunk_size < 1:
@@ -157,9 +158,14 @@ class LiftedAlgorithm(ABC):
     def descends(self) -> bool:
         """Whether the objective can never rise with these hyperparameters."""
 
-    @abstractmethod
     def check(self, chain: Chain, loss: Loss) -> None:
         """Raise a ValueError if the chain, the loss or the number of hyperparameters does not suit the algorithm."""
+        for stage in chain:
+            if stage.bias is not None and stage.bias.requires_grad != stage.weight.requires_grad:
+                raise ValueError(
+                    f"Expected weight and bias of stage '{stage.name}' to be both trained or both frozen, but one has "
+                    "requires_grad=False. Freeze or unfreeze both."
+                )
 
     @abstractmethod
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
@@ -215,13 +221,15 @@ class LiftedAlgorithm(ABC):
         options: dict[str, Any] = {"dtype": self._storage(x), "device": "cpu" if self.offload else x.device}
         with precise(x.device):
             for rows in state.rows(self.rows_per_chunk(x)):
-                for layer, stage in enumerate(self.variables(chain, x[rows])):
+                filled: Counter[str] = Counter()  # not every stage has every variable
+                for stage in self.variables(chain, x[rows]):
                     for name, value in stage.items():
                         tensors = state.variables.setdefault(name, [])
-                        if len(tensors) <= layer:
+                        if len(tensors) <= filled[name]:
                             shape = (len(x), *value.shape[1:])
                             tensors.append(torch.empty(shape, pin_memory=self.offload and x.is_cuda, **options))
-                        tensors[layer][rows].copy_(value)
+                        tensors[filled[name]][rows].copy_(value)
+                        filled[name] += 1
         state.fresh = True
 
     def _storage(self, x: Tensor) -> torch.dtype:

@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_bcd.communicator import Alone, Communicator
 from lightning_bcd.compatibility import as_misconfiguration
 from lightning_bcd.distributed.all_reduce import AllReduce
 from lightning_bcd.distributed.block_sync import broadcast_tensors
-from lightning_bcd.lifted.algorithm import Alone, Communicator, LiftedAlgorithm, LiftedState, Report, precise
+from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Report, precise
 from lightning_bcd.lifted.batch import Fingerprint, check_input, check_memory, encode_targets, split_batch
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.checkpoint import pack, restore
@@ -311,9 +312,7 @@ class LiftedModule(LightningModule):
     def _log_report(self, report: Report, samples: int) -> None:
         values = {"lifted/objective": report.objective, "lifted/data_fit": report.data_fit}
         for index, stage in enumerate(self.chain):
-            values[f"lifted/penalty/{stage.name}"] = (
-                report.coupling[index] + report.linear[index] + report.penalty[index]
-            )
+            values[f"lifted/penalty/{stage.name}"] = report.of_stage(index)
             for name, residuals in report.residuals.items():
                 key = "residual" if name == "linear" else f"{name}_residual"
                 values[f"lifted/{key}/{stage.name}"] = residuals[index]

@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_bcd.lifted.algorithm import Communicator, LiftedState
+from lightning_bcd.communicator import Communicator
+from lightning_bcd.lifted.algorithm import LiftedState
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.three_splitting import Sweep, ThreeSplitting
 from lightning_bcd.prox.losses import Loss

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -87,15 +87,7 @@ class Splitting(LiftedAlgorithm):
     bias_update: BiasUpdate | None = None
     reduction: Literal["sum", "mean"] | None = None
 
-    #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
-
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, [None, *(name for name in self.presets if name != "paper")])
-        chosen = self.presets["paper"] | self.presets.get(self.preset or "paper", {})
-        for field in fields(self):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, chosen.get(field.name))  # the dataclass is frozen
         super().__post_init__()
         given = self.activation_penalty
         if given is not None and (isinstance(given, GroupLasso | RowSparse) or not given.convex):
@@ -172,16 +164,11 @@ class Splitting(LiftedAlgorithm):
 
     def check(self, chain: Chain, loss: Loss) -> None:
         """Raise a ValueError if the chain, the loss or the number of hyperparameters does not suit the algorithm."""
+        super().check(chain, loss)
         for name in ("gamma", "rho", "alpha"):
             if hasattr(self, name):
                 self.numbers(name, 0, len(chain))
         self.weight_penalties(len(chain))
-        for stage in chain:
-            if stage.bias is not None and stage.bias.requires_grad != stage.weight.requires_grad:
-                raise ValueError(
-                    f"Expected weight and bias of stage '{stage.name}' to be both trained or both frozen, but one has "
-                    "requires_grad=False. Freeze or unfreeze both."
-                )
         if self.target_scale != 1 and not isinstance(loss, SquaredLoss):
             raise ValueError(
                 f"Expected argument `target_scale` to be 1 with {type(loss).__name__}, but got {self.target_scale}. "

@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_bcd.lifted.algorithm import Communicator, LiftedState, Report, precise
+from lightning_bcd.communicator import Communicator
+from lightning_bcd.lifted.algorithm import LiftedState, Report, precise
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.splitting import Splitting
 from lightning_bcd.linalg import BiasUpdate, LeastSquares, RowSolver, power_iteration
