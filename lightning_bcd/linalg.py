@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_bcd.gram import gram
 from lightning_bcd.prox.penalties import NoPenalty, Penalty, Ridge
 
 BiasUpdate = Literal["exact", "reference", "joint"]
@@ -22,32 +22,6 @@ BIAS_UPDATES = ("exact", "reference", "joint")
 JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)
 #: Chunks whose products are added up in the precision of the data before they join the float64 sums.
 PARTIAL_CHUNKS = 8
-#: Columns per block of a Gram matrix: blocks below the diagonal are mirrored, not multiplied.
-GRAM_BLOCK = 200
-
-
-def gram(v: Tensor) -> Tensor:
-    """Return VᵀV of an N × d matrix by half of its products.
-
-    NumPy hands a matrix times its own transpose to the symmetric rank-k update of BLAS, which torch does not offer.
-    On other devices and for other types only blocks on and above the diagonal are multiplied.
-    """
-    if v.device.type == "cpu" and v.dtype in (torch.float32, torch.float64):
-        matrix = v.numpy(force=True)
-        return torch.from_numpy(np.matmul(matrix.T, matrix))
-    d = v.shape[1]
-    parts = max(1, round(d / GRAM_BLOCK))
-    if parts == 1:
-        product: Tensor = v.T @ v
-        return product
-    edges = [d * i // parts for i in range(parts + 1)]
-    result: Tensor = v.new_empty(d, d)
-    for i in range(parts):
-        rows = slice(edges[i], edges[i + 1])
-        block = v[:, rows].T @ v[:, edges[i] :]
-        result[rows, edges[i] :] = block
-        result[edges[i + 1] :, rows] = block[:, edges[i + 1] - edges[i] :].T
-    return result
 
 
 def factor(matrix: Tensor, name: str = "matrix", *, positive: bool = False) -> Tensor:

@@ -1,19 +1,15 @@
 """dlADMM, pdADMM and its variants against published runs, naive loops and their own definitions."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from lightning_bcd import DLADMM, MLP, PDADMM, PDADMMG, PDADMMGQ, LiftedModule
+from lightning_bcd import DLADMM, MLP, PDADMMG, PDADMMGQ
 from lightning_bcd.communicator import Alone
 from lightning_bcd.lifted.chain import Chain
-from lightning_bcd.lifted.quantized import GridCodec
 from lightning_bcd.prox import CrossEntropyLoss, resolve_loss
-from lightning_bcd.prox.penalties import UniformGrid
 
 F64 = torch.float64
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -455,7 +455,7 @@ def test_recommended_settings_learn_hidden_features():
         ({"inner_iterations": 0}, "`inner_iterations` to be at least 1"),
         ({"storage_dtype": "int8"}, "`storage_dtype` to be one of"),
         ({"activation_penalty": RowSparse(2)}, "`activation_penalty` to be convex"),
-        ({"restart_every": 0}, "`restart_every` to be at least 1"),
+        ({"restart_every": 0}, "`restart_every` to be None or at least 1"),
         ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\)"),
     ],
 )

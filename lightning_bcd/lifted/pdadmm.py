@@ -4,8 +4,8 @@
                + Σ_{l<L} ⟨U_l, P_{l+1} − Q_l⟩ + ρ/2 ‖P_{l+1} − Q_l‖²,       M_l = P_l W_lᵀ + 1b_lᵀ,  P_1 = X
 
 Layer l has an input P_l and an output Q_l of its own, coupled by P_{l+1} = Q_l with dual variable U_l. One sweep
-updates P, W, b, Z, Q, U, each for all layers from what the others were (Algorithm 1 of [1]): layers on different devices
-work at the same time and exchange P and Q with their neighbours only. Rows are samples.
+updates P, W, b, Z, Q, U, each for all layers from what the others were (Algorithm 1 of [1]): layers on different
+devices work at the same time and exchange P and Q with their neighbours only. Rows are samples.
 
 [1] Wang, Chai, Cheng, Zhao. Toward Model Parallelism for Deep Neural Network based on Gradient-free ADMM Framework.
     ICDM 2020.

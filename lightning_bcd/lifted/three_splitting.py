@@ -97,7 +97,7 @@ class ThreeSplitting(Splitting):
         if self.inner_iterations < 1:
             raise ValueError(f"Expected argument `inner_iterations` to be at least 1, but got {self.inner_iterations}.")
         if self.restart_every is not None and self.restart_every < 1:
-            raise ValueError(f"Expected argument `restart_every` to be at least 1 or None, but got {self.restart_every}")
+            raise ValueError(f"Expected `restart_every` to be None or at least 1, but got {self.restart_every}")
         assert self.momentum is not None
         if not 0 <= self.momentum < 1:
             raise ValueError(f"Expected argument `momentum` to be in [0, 1), but got {self.momentum}. Use e.g. 0.9.")
