@@ -5,7 +5,10 @@ from lightning_bcd.callback import BCDCallback
 from lightning_bcd.comparison import compare_training_methods
 from lightning_bcd.compiling import compile_blocks
 from lightning_bcd.coordinator import BlockCoordinateDescentCoordinator
-from lightning_bcd.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, full_batch
+from lightning_bcd.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
+from lightning_bcd.distributed.strategy import LayerParallelStrategy
+from lightning_bcd.full_batch import full_batch
+from lightning_bcd.graphs import PlanetoidDataModule, graph_augment
 from lightning_bcd.lifted.dladmm import DLADMM
 from lightning_bcd.lifted.layers import MLP, Abs, Residual, Sign
 from lightning_bcd.lifted.module import LiftedModule
@@ -44,9 +47,11 @@ __all__ = [
     "GreedyStrategy",
     "ImportanceStrategy",
     "LayerBlock",
+    "LayerParallelStrategy",
     "LiftedModule",
     "MLPClassifier",
     "MNISTDataModule",
+    "PlanetoidDataModule",
     "RandomStrategy",
     "Residual",
     "ResidualSplitting",
@@ -61,4 +66,5 @@ __all__ = [
     "describe_blocks",
     "estimate_memory",
     "full_batch",
+    "graph_augment",
 ]

@@ -11,14 +11,14 @@ PACKAGE = Path(lightning_bcd.__file__).parent
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 # A file imports lower levels only, its own only inside its folder. Pure torch up to 2, lightning from 3 on.
 TABLE = [
-    "linesearch blocks prox strategy communicator gram",
+    "linesearch blocks prox strategy communicator gram full_batch",
     "linalg scored_strategy probe prefix optim compiling checkpointing",
     "lifted report memory coordinator expansion distributed scheduler",
-    "compatibility schedules tracking window",
-    "ranks lifted.module",
+    "compatibility schedules tracking window distributed.strategy",
+    "ranks lifted.evaluation",
+    "lifted.module",
     "callback sweep",
-    "module models datamodules comparison",
-    "graphs",
+    "module models datamodules graphs comparison",
     "plotting demo __init__",
     "cli",
 ]

@@ -10,7 +10,7 @@ from toolbox import run_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from lightning_bcd.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, full_batch
+from lightning_bcd import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, full_batch
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -11,6 +11,15 @@ from torch import Tensor
 from lightning_bcd.communicator import Communicator
 
 
+def all_reduce_sum(tensors: Sequence[Tensor]) -> int:
+    """Replace every tensor by its sum over all processes; return the bytes of the message."""
+    message = torch.cat([tensor.double().flatten() for tensor in tensors])
+    dist.all_reduce(message)
+    for tensor, part in zip(tensors, torch.split(message, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return message.numel() * message.element_size()
+
+
 class AllReduce(Communicator):
     """Adds tensors up over all processes of the default group, in one float64 message.
 
@@ -28,11 +37,7 @@ class AllReduce(Communicator):
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
-        message = torch.cat([tensor.double().flatten() for tensor in tensors])
-        dist.all_reduce(message)
-        self.bytes += message.numel() * message.element_size()
-        for tensor, part in zip(tensors, torch.split(message, [t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        self.bytes += all_reduce_sum(tensors)
 
     def extremes(self, bounds: Tensor) -> Tensor:
         """Return the smallest of the first entry and the largest of the second over all processes."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_bcd.communicator import Communicator
-from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Report, check_choice, precise
+from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Report, check_choice, precise, share_weights
 from lightning_bcd.lifted.chain import Chain, Stage
 from lightning_bcd.linalg import power_iteration
 from lightning_bcd.linesearch import STEP_RULES, StepRule, step_length
@@ -107,9 +107,11 @@ class AlternatingDirections(LiftedAlgorithm):
                 "is for the cross-entropy. Other losses have closed forms."
             )
 
-    def start(self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator) -> LiftedState:
+    def start(
+        self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator, velocity: dict[str, Tensor] | None = None
+    ) -> LiftedState:
         """Initialise the auxiliary variables by a forward pass, the output as `init_output` says."""
-        state = super().start(chain, x, y, comm)
+        state = super().start(chain, x, y, comm, velocity)
         output = state.variables["z"][-1]
         if self.init_output == "labels":
             output.copy_(torch.where(state.y > 0, 1.0, -1.0))
@@ -141,6 +143,7 @@ class AlternatingDirections(LiftedAlgorithm):
     def _published(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> float:
         """ρ after looking at the mean loss of a forward pass; its history is kept with the momentum of a run."""
         assert self.rho is not None
+        share_weights(chain, comm)
         *_, (output, _) = chain.forward(state.x)
         total = loss.value(output, state.y)
         comm.sum([total])
@@ -183,19 +186,16 @@ class Steps:
 
     Args:
         algorithm: The hyperparameters.
-        cache: Warm starts of power iterations.
         comm: The processes that share the samples.
         samples: Number of samples of all processes.
         scale: Factor of the search start: ρ now over ρ at the beginning, for published schedules.
     """
 
-    def __init__(
-        self, algorithm: AlternatingDirections, cache: dict[str, Tensor], comm: Communicator, samples: int, scale: float
-    ) -> None:
+    def __init__(self, algorithm: AlternatingDirections, comm: Communicator, samples: int, scale: float) -> None:
         self.rule: StepRule = algorithm.step or "exact"
         self.start = (algorithm.search_start or 1.0) * scale
         self.doublings = algorithm.doublings
-        self.cache, self.comm, self.samples = cache, comm, samples
+        self.comm, self.samples = comm, samples
 
     def update_w(
         self, stage: Stage, product: Tensor, inputs: Tensor, target: Tensor, weight: float, ridge: float = 0.0
@@ -212,7 +212,7 @@ class Steps:
         self.comm.sum([curved])
         bound = None
         if self.rule == "lipschitz":
-            bound = weight * self._largest(f"w_{stage.name}", inputs) + ridge
+            bound = weight * self._largest(inputs, shared=True) + ridge
         length = self._length(weight * curved + ridge * norm, norm, bound).to(gradient.dtype)
         stage.weight.sub_(gradient * length)
         product.sub_(image.mul_(length))
@@ -251,7 +251,7 @@ class Steps:
         self.comm.sum([norm, curved])
         bound = None
         if self.rule == "lipschitz":
-            bound = weight * self._largest(f"a_{stage.name}", stage.weight) + curvature
+            bound = weight * self._largest(stage.weight, shared=False) + curvature
         length = self._length(weight * curved + curvature * norm, norm, bound).to(gradient.dtype)
         inputs.sub_(gradient.mul_(length))
         product.sub_(image.mul_(length))
@@ -267,7 +267,7 @@ class Steps:
         project: Callable[[Tensor], Tensor],
     ) -> None:
         """A projected step with 1/τ from a bound of the curvature; left out where the bound turns out too small."""
-        bound = MARGIN * (weight * self._largest(f"a_{stage.name}", stage.weight) + curvature)
+        bound = MARGIN * (weight * self._largest(stage.weight, shared=False) + curvature)
         moved = project(inputs - gradient / bound)
         change = moved - inputs
         image = change @ stage.weight.T
@@ -281,18 +281,20 @@ class Steps:
         curvature = torch.where(norm > 0, curved / norm, torch.zeros_like(norm))
         return step_length(curvature, self.rule, start=self.start, doublings=self.doublings, bound=bound)
 
-    def _largest(self, key: str, matrix: Tensor) -> Tensor:
-        """λ_max(MᵀM) from below by a few warm-started power iterations; rows of inputs are shared by the processes."""
+    def _largest(self, matrix: Tensor, shared: bool) -> Tensor:
+        """λ_max(MᵀM) from below by a few power iterations; the processes may share the rows of M."""
 
         def apply(vector: Tensor) -> Tensor:
             image = matrix.T @ (matrix @ vector)
-            if key.startswith("w_"):
+            if shared:
                 self.comm.sum([image])
             return image
 
-        start = self.cache.get(key, matrix.new_ones(matrix.shape[1]))
-        value, self.cache[key] = power_iteration(apply, start, iterations=5)
-        return value.double()
+        # No vector of the last sweep, which a checkpoint would have to carry: the diagonal is a good start too.
+        start = matrix.square().sum(0)
+        if shared:
+            self.comm.sum([start])
+        return power_iteration(apply, start, iterations=8)[0].double()
 
 
 def square(t: Tensor) -> Tensor:

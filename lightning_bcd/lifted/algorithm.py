@@ -137,6 +137,8 @@ class LiftedAlgorithm(ABC):
     storage_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     offload: bool = False
 
+    #: Whether processes may hold different layers, see `LayerParallelStrategy`.
+    layer_parallel: ClassVar[bool] = False
     #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -179,6 +181,21 @@ class LiftedAlgorithm(ABC):
     def variables(self, chain: Chain, x: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield per stage the auxiliary variables (name → tensor) that rows of the input start with."""
 
+    def layer_of(self, name: str, index: int) -> int:
+        """The layer that updates a tensor of `LiftedState.variables`."""
+        return index
+
+    def readers(self, name: str, index: int) -> Sequence[int]:
+        """The layers whose updates read it."""
+        return [index]
+
+    def release(self, state: LiftedState, layers: range) -> None:
+        """Free the variables that a process with these layers does not read."""
+        for name, tensors in state.variables.items():
+            for index, tensor in enumerate(tensors):
+                if not any(layer in layers for layer in self.readers(name, index)):
+                    tensors[index] = tensor.new_empty(0, *tensor.shape[1:])
+
     def scale_targets(self, y: Tensor) -> Tensor:
         """The targets that the sub-problems use."""
         return y
@@ -200,7 +217,9 @@ class LiftedAlgorithm(ABC):
             numbers = sum(t.numel() for stage in self.variables(chain, x[:1]) for t in stage.values())
         return numbers * self._storage(x).itemsize
 
-    def start(self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator) -> LiftedState:
+    def start(
+        self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator, velocity: dict[str, Tensor] | None = None
+    ) -> LiftedState:
         """Initialise the auxiliary variables of a batch from the weights as they are.
 
         Args:
@@ -208,10 +227,11 @@ class LiftedAlgorithm(ABC):
             x: Input, N × …
             y: Encoded targets, N × outputs.
             comm: The processes that share the samples.
+            velocity: What earlier sweeps handed on about the weights.
         """
         count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
         comm.sum([count])
-        state = LiftedState(x, self.scale_targets(y), {}, samples=int(count))
+        state = LiftedState(x, self.scale_targets(y), {}, samples=int(count), velocity=velocity or {})
         self.restart(chain, state)
         return state
 
@@ -234,6 +254,16 @@ class LiftedAlgorithm(ABC):
 
     def _storage(self, x: Tensor) -> torch.dtype:
         return getattr(torch, self.storage_dtype) if self.storage_dtype else x.dtype
+
+
+@torch.no_grad()
+def share_weights(chain: Chain, comm: Communicator) -> None:
+    """Bring the weights of all layers together where processes train different layers."""
+    pairs = [(layer, p) for layer, stage in enumerate(chain) for p in (stage.weight, stage.bias) if p is not None]
+    tensors = [tensor for _, tensor in pairs]
+    for tensor, whole in zip(tensors, comm.gather(tensors, [layer for layer, _ in pairs]), strict=True):
+        if whole is not tensor:
+            tensor.copy_(whole)
 
 
 @contextmanager

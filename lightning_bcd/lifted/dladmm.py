@@ -131,7 +131,7 @@ class Sweep:
         self.last = len(chain) - 1
         self.samples = state.samples if algorithm.reduction == "mean" else 1
         assert algorithm.rho is not None
-        self.steps = Steps(algorithm, state.cache, comm, state.samples, scale=rho / algorithm.rho)
+        self.steps = Steps(algorithm, comm, state.samples, scale=rho / algorithm.rho)
 
     def target(self, layer: int) -> tuple[Tensor, float]:
         """What P_l should be, and the weight of that term: Z_l, for the last layer Z_L + U/ρ."""

@@ -7,21 +7,20 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_bcd.communicator import Alone, Communicator
 from lightning_bcd.compatibility import as_misconfiguration
 from lightning_bcd.distributed.all_reduce import AllReduce
 from lightning_bcd.distributed.block_sync import broadcast_tensors
-from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Report, precise
+from lightning_bcd.distributed.strategy import LayerParallelStrategy
+from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Report, share_weights
 from lightning_bcd.lifted.batch import Fingerprint, check_input, check_memory, encode_targets, split_batch
-from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.checkpoint import pack, restore
+from lightning_bcd.lifted.evaluation import LiftedEvaluation
 from lightning_bcd.prox.losses import Loss, resolve_loss
 
 #: A rise of the objective beyond this share of it is not rounding.
@@ -40,7 +39,7 @@ class SweepOptimizer(torch.optim.Optimizer):
         return None if closure is None else closure()
 
 
-class LiftedModule(LightningModule):
+class LiftedModule(LiftedEvaluation):
     """A network trained by a lifted algorithm; validated, tested and used by a plain forward pass.
 
     One training batch is one sweep. With one batch per epoch, see `full_batch`, the auxiliary variables persist from
@@ -88,21 +87,12 @@ class LiftedModule(LightningModule):
         save_auxiliary: bool = False,
         log_train_accuracy: bool = False,
     ) -> None:
-        super().__init__()
         if persist not in ("auto", True, False):
             raise ValueError(f"Expected argument `persist` to be 'auto', True or False, but got {persist!r}.")
-        self.chain = Chain(network)
-        self.loss = resolve_loss(loss)
-        algorithm.check(self.chain, self.loss)
-        self.network = network
-        self.algorithm = algorithm
+        super().__init__(network, algorithm, resolve_loss(loss))
         self.persist = persist
         self.save_auxiliary = save_auxiliary
         self.log_train_accuracy = log_train_accuracy
-        self.num_outputs = self.chain[-1].weight.shape[0]
-        stages = ("train", "val", "test") if self.num_outputs > 1 else ()
-        for name in stages:
-            setattr(self, f"{name}_accuracy", MulticlassAccuracy(self.num_outputs, average="micro"))
         self.report: Report | None = None
         self.sweeps = 0
         self._initialised = False
@@ -113,11 +103,6 @@ class LiftedModule(LightningModule):
         self._comm: Communicator = Alone()
         self._warned = False
         self._first = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of the network, N × outputs."""
-        out: Tensor = self.network(x)
-        return out
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer whose steps are sweeps."""
@@ -164,11 +149,37 @@ class LiftedModule(LightningModule):
                 "Expected Trainer argument `accelerator` to be 'cpu' or 'gpu' with LiftedModule, but got 'mps', which "
                 "has no float64. Use accelerator='cpu'."
             )
-        self._comm = AllReduce() if self.trainer.world_size > 1 else Alone()
+        self._comm = self._communicator()
         # Weights may have changed since the last fit, and so may the samples.
         self.report, self._first = None, True
         if not self._persists:
             self.reset_auxiliary()
+
+    def _communicator(self) -> Communicator:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, LayerParallelStrategy):
+            if not self.algorithm.layer_parallel:
+                raise MisconfigurationException(
+                    f"Expected an algorithm that updates all layers at once with strategy='layer_parallel', but got "
+                    f"{type(self.algorithm).__name__}. Use PDADMM, PDADMMG or PDADMMGQ, or strategy='ddp'."
+                )
+            with as_misconfiguration():
+                # The input of the first layer is fixed: it takes half of the products.
+                return strategy.communicator([(2 if i else 1) * s.weight.numel() for i, s in enumerate(self.chain)])
+        return AllReduce() if self.trainer.world_size > 1 else Alone()
+
+    def share_weights(self) -> None:
+        """Bring the weights of all layers together where processes train different layers."""
+        share_weights(self.chain, self._comm)
+
+    def on_validation_start(self) -> None:
+        """Evaluate the weights of all layers."""
+        if self.trainer.state.fn == "fit":
+            self.share_weights()
+
+    def on_train_end(self) -> None:
+        """Leave every process with the weights of all layers."""
+        self.share_weights()
 
     def reset_auxiliary(self) -> None:
         """Forget the auxiliary variables and free their memory; the next sweep starts from a forward pass."""
@@ -250,12 +261,12 @@ class LiftedModule(LightningModule):
             if self._comm.size > 1:  # the random numbers of rank 0 for all
                 broadcast_tensors(self.network)
             self._initialised = True
-        state = self.algorithm.start(self.chain, x, y, self._comm)
-        for name, tensor in self._velocity.items():
-            self._velocity[name] = tensor.to(x.device)
-        state.sweep, state.velocity = self.sweeps, self._velocity
+        velocity = {name: tensor.to(x.device) for name, tensor in self._velocity.items()}
+        state = self.algorithm.start(self.chain, x, y, self._comm, velocity)
+        state.sweep, self._velocity = self.sweeps, state.velocity
         if self._persists:
             self._fingerprint = Fingerprint(x, targets)
+            self.algorithm.release(state, self._comm.layers(len(self.chain)))
             if self._saved:
                 restore(self._saved, state, self._fingerprint.value, self._comm.size)
                 self._saved = {}
@@ -307,55 +318,6 @@ class LiftedModule(LightningModule):
                 "float64."
             )
 
-    # -- logging ------------------------------------------------------------------------------------------
-
-    def _log_report(self, report: Report, samples: int) -> None:
-        values = {"lifted/objective": report.objective, "lifted/data_fit": report.data_fit}
-        for index, stage in enumerate(self.chain):
-            values[f"lifted/penalty/{stage.name}"] = report.of_stage(index)
-            for name, residuals in report.residuals.items():
-                key = "residual" if name == "linear" else f"{name}_residual"
-                values[f"lifted/{key}/{stage.name}"] = residuals[index]
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": samples}
-        # The report is summed over the processes already; the flag only keeps Lightning quiet.
-        options["sync_dist"] = self._comm.size > 1
-        self.log("lifted/objective", values.pop("lifted/objective"), prog_bar=True, **options)
-        self.log_dict(values, **options)
-
-    def _log_train_accuracy(self, batch: Any) -> None:
-        x, y = batch
-        accuracy: MulticlassAccuracy | None = getattr(self, "train_accuracy", None)
-        if accuracy is None or y.is_floating_point():
-            return
-        with precise(x.device):
-            for rows, labels in zip(x.split(4096), y.split(4096), strict=True):
-                accuracy.update(self.network(rows), labels)
-        self.log("train_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x))
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log `val_loss` (mean per sample) and `val_acc`."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log `test_loss` and `test_acc`."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Any, stage: str) -> None:
-        with as_misconfiguration():
-            x, targets = split_batch(batch)
-            outputs = self(x)
-            y = encode_targets(targets, len(x), outputs.dtype, self.num_outputs, self.loss)
-        loss = self.loss.value(outputs, self.algorithm.scale_targets(y)) / len(x)
-        self.log(f"{stage}_loss", loss, batch_size=len(x), sync_dist=self.trainer.world_size > 1)
-        accuracy: MulticlassAccuracy | None = getattr(self, f"{stage}_accuracy", None)
-        if accuracy is not None and not targets.is_floating_point():
-            accuracy(outputs, targets)
-            self.log(f"{stage}_acc", accuracy, prog_bar=True, batch_size=len(x))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the outputs of the network, N × outputs; the batch may come with or without targets."""
-        return self(batch if isinstance(batch, Tensor) else batch[0])  # type: ignore[no-any-return]
-
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -365,7 +327,12 @@ class LiftedModule(LightningModule):
         saved["velocity"] = velocity
         if self.save_auxiliary and self._state is not None:
             assert self._fingerprint is not None
-            saved |= pack(self._current(), self._fingerprint.value, self._comm.size)
+            state = self._current()
+            saved |= pack(state, self._fingerprint.value, self._comm.size)
+            for name, tensors in state.variables.items():
+                owners = [self.algorithm.layer_of(name, index) for index in range(len(tensors))]
+                if self._comm.layers(len(self.chain)) != range(len(self.chain)):
+                    saved["variables"][name] = self._comm.gather(tensors, owners)
         elif self._saved:  # loaded, and not yet used
             saved |= {name: self._saved[name] for name in ("variables", "cache", "fresh", "fingerprints")}
         checkpoint["lifted"] = saved

@@ -9,13 +9,13 @@ devices work at the same time and exchange P and Q with their neighbours only. R
 
 [1] Wang, Chai, Cheng, Zhao. Toward Model Parallelism for Deep Neural Network based on Gradient-free ADMM Framework.
     ICDM 2020.
-[2] Wang, Li, Zhao. Towards Quantized Model Parallelism for Graph-Augmented MLPs Based on Gradient-Free ADMM Framework.
-    IEEE Transactions on Neural Networks and Learning Systems, 2022.
+[2] Wang, Li, Chai, Wang, Cheng, Zhao. Towards Quantized Model Parallelism for Graph-Augmented MLPs Based on
+    Gradient-Free ADMM Framework. IEEE Transactions on Neural Networks and Learning Systems, 2022.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -66,6 +66,7 @@ class PDADMM(AlternatingDirections):
         },
         "recommended": {"init_output": "zeros", "rho_schedule": "published"},
     }
+    layer_parallel: ClassVar[bool] = True
     doublings: ClassVar[int | None] = 10
     fista_iterations: ClassVar[int] = 50
     patience: ClassVar[int] = 2
@@ -78,6 +79,14 @@ class PDADMM(AlternatingDirections):
     def ridge(self) -> float:
         """μ."""
         return 0.0
+
+    def layer_of(self, name: str, index: int) -> int:
+        """The layer that updates a variable: P of a boundary belongs to the layer above it."""
+        return index + 1 if name == "p" else index
+
+    def readers(self, name: str, index: int) -> Sequence[int]:
+        """The layers that read a variable: both of a boundary read P, Q and U."""
+        return [index] if name in "zm" else [index, index + 1]
 
     @staticmethod
     def stalls(cost: float, last: float) -> bool:
@@ -165,7 +174,7 @@ class PDADMM(AlternatingDirections):
 
 @dataclass(frozen=True, kw_only=True)
 class PDADMMG(PDADMM):
-    """pdADMM-G (Wang, Li, Zhao, TNNLS 2022): pdADMM with a ridge penalty, for graph-augmented MLPs.
+    """pdADMM-G (Wang, Li, Chai, Wang, Cheng, Zhao, TNNLS 2022): pdADMM with a ridge penalty, for graph-augmented MLPs.
 
     Its input are the features and their averages over neighbourhoods, see `graph_augment`.
 
@@ -208,7 +217,7 @@ class Sweep:
         self.last = len(chain) - 1
         self.samples = state.samples if algorithm.reduction == "mean" else 1
         assert algorithm.rho is not None
-        self.steps = Steps(algorithm, state.cache, comm, state.samples, scale=1.0)
+        self.steps = Steps(algorithm, comm, state.samples, scale=1.0)
 
     def update_p(self, layer: int) -> None:
         """P_l ← P_l − g/τ, g = ν (M_l − Z_l)W_l + U_{l-1} + ρ (P_l − Q_{l-1})."""

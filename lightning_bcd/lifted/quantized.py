@@ -5,8 +5,8 @@
 Q_l is the nearest point of Δ to its minimiser. P_l is the nearest point to a gradient step whose length is given by the
 largest eigenvalue of its Hessian, so that the objective does not rise (Section 4 of [1]).
 
-[1] Wang, Li, Zhao. Towards Quantized Model Parallelism for Graph-Augmented MLPs Based on Gradient-Free ADMM Framework.
-    IEEE Transactions on Neural Networks and Learning Systems, 2022.
+[1] Wang, Li, Chai, Wang, Cheng, Zhao. Towards Quantized Model Parallelism for Graph-Augmented MLPs Based on
+    Gradient-Free ADMM Framework. IEEE Transactions on Neural Networks and Learning Systems, 2022.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_bcd.prox.penalties import UniformGrid
 
 @dataclass(frozen=True, kw_only=True)
 class PDADMMGQ(PDADMMG):
-    """pdADMM-G-Q (Wang, Li, Zhao, TNNLS 2022, Algorithm 2).
+    """pdADMM-G-Q (Wang, Li, Chai, Wang, Cheng, Zhao, TNNLS 2022, Algorithm 2).
 
     Args:
         quantize: Which variables take values of the grid: `"p"`, `"q"` or `"both"`.
@@ -60,9 +60,11 @@ class PDADMMGQ(PDADMMG):
                 )
             UniformGrid(*self.grid)
 
-    def start(self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator) -> LiftedState:
+    def start(
+        self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator, velocity: dict[str, Tensor] | None = None
+    ) -> LiftedState:
         """Initialise the variables by a forward pass, fix the grid and put the variables on it."""
-        state = super().start(chain, x, y, comm)
+        state = super().start(chain, x, y, comm, velocity)
         if self.grid is None and "grid" not in state.velocity:
             # Over all processes: the extremes of samples that others hold count too.
             q = state.variables["q"]
