@@ -40,6 +40,10 @@ SCRIPTS = {
         ["--data-dir", str(MNIST), "--epochs", "1", "--batch-size", "500", "--limit-batches", "2"],
         r"2 sweeps, \d+ s, test accuracy 0\.[5-9]",
     ),
+    "layer_parallel.py": (
+        ["--sweeps", "3", "--bits", "8"],
+        r"process [01]: layers \d to \d, 377,400 bytes sent",
+    ),
     "finetune_causal_lm.py": (["--steps", "40", "--length", "32"], r"eval loss: 5\.\d+ before"),
 }
 BENCHMARKS = {
@@ -67,9 +71,13 @@ BENCHMARKS = {
         ],
         r"three-splitting \| 0\.\d+ (.|\n)*straight-through estimator, Adam \| 0\.\d+",
     ),
+    "layer_parallel.py": (
+        ["--samples", "100", "--width", "20", "--layers", "4", "--sweeps", "2"],
+        r"\| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| 16,000 \|",
+    ),
     "prefix_cache.py": (["--rounds", "1", "--inner-steps", "2"], r"speed-up"),
 }
-CONFIGS = ["digits.yaml", "greedy.yaml", "lifted.yaml", "manual.yaml"]
+CONFIGS = ["digits.yaml", "greedy.yaml", "lifted.yaml", "manual.yaml", "pdadmm.yaml"]
 
 
 def test_every_example_is_tested():

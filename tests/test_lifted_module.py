@@ -60,7 +60,7 @@ def test_the_trainer_changes_nothing_about_the_mathematics():
     fit(model, 3)
     x, y = samples()
     target = plain.loss.encode(y, OUTPUTS, x.dtype)
-    comm = plain._comm
+    comm = plain.communicator
     state = plain.algorithm.start(plain.chain, x, target, comm)
     for _ in range(3):
         report = plain.algorithm.sweep(plain.chain, state, plain.loss, comm)
@@ -133,8 +133,9 @@ def test_without_auxiliary_variables_a_resumed_run_starts_from_a_forward_pass(tm
     # Neither the weights nor the count of sweeps start again.
     expected = copy.deepcopy(part)
     x, y = samples()
-    state = expected.algorithm.start(expected.chain, x, expected.loss.encode(y, OUTPUTS, x.dtype), expected._comm)
-    expected.algorithm.sweep(expected.chain, state, expected.loss, expected._comm)
+    targets = expected.loss.encode(y, OUTPUTS, x.dtype)
+    state = expected.algorithm.start(expected.chain, x, targets, expected.communicator)
+    expected.algorithm.sweep(expected.chain, state, expected.loss, expected.communicator)
     assert resumed.sweeps == 3
     assert same(weights(resumed.network), weights(expected.network))
 
@@ -147,8 +148,8 @@ def test_mini_batches_start_from_a_forward_pass_each():
     for _ in range(2):
         for rows, labels in zip(x.split(16), y.split(16), strict=True):
             target = expected.loss.encode(labels, OUTPUTS, x.dtype)
-            state = expected.algorithm.start(expected.chain, rows, target, expected._comm)
-            expected.algorithm.sweep(expected.chain, state, expected.loss, expected._comm)
+            state = expected.algorithm.start(expected.chain, rows, target, expected.communicator)
+            expected.algorithm.sweep(expected.chain, state, expected.loss, expected.communicator)
     assert same(weights(model.network), weights(expected.network))
 
 
@@ -421,7 +422,7 @@ def distributed(rank, directory):
             model = module(algorithm, save_auxiliary=True, seed=rank)
             runner = trainer(max_epochs=3, devices=2, strategy="ddp")
             runner.fit(model, full_batch(samples(count)))
-            found[name, count] = (weights(model.network), float(model.report.objective), model._comm.bytes)
+            found[name, count] = (weights(model.network), float(model.report.objective), model.communicator.bytes)
             runner.save_checkpoint(directory / f"{name}-{count}.ckpt")
     return found
 
@@ -480,8 +481,8 @@ def traffic(rank, directory):
         model = module(ThreeSplitting(alpha=0.1))
         runner = trainer(max_epochs=2, devices=2, strategy="ddp")
         runner.fit(model, full_batch(samples(count)))
-        assert isinstance(model._comm, AllReduce)
-        found.append(model._comm.bytes)
+        assert isinstance(model.communicator, AllReduce)
+        found.append(model.communicator.bytes)
     return found
 
 

@@ -19,6 +19,7 @@ from lightning_bcd.distributed.block_sync import broadcast_tensors
 from lightning_bcd.distributed.strategy import LayerParallelStrategy
 from lightning_bcd.lifted.algorithm import LiftedAlgorithm, LiftedState, Report, share_weights
 from lightning_bcd.lifted.batch import Fingerprint, check_input, check_memory, encode_targets, split_batch
+from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.checkpoint import pack, restore
 from lightning_bcd.lifted.evaluation import LiftedEvaluation
 from lightning_bcd.prox.losses import Loss, resolve_loss
@@ -64,6 +65,7 @@ class LiftedModule(LiftedEvaluation):
         network: The network.
         report: Terms of the objective after the last sweep, float64.
         sweeps: Sweeps done so far.
+        communicator: The processes of the run, e.g. `LayerGroups` with the bytes it sent.
 
     Raises:
         ValueError: If the network cannot be lifted, or the algorithm's arguments do not suit it.
@@ -100,7 +102,7 @@ class LiftedModule(LiftedEvaluation):
         self._fingerprint: Fingerprint | None = None
         self._saved: dict[str, Any] = {}
         self._velocity: dict[str, Tensor] = {}
-        self._comm: Communicator = Alone()
+        self.communicator: Communicator = Alone()
         self._warned = False
         self._first = True
 
@@ -149,13 +151,13 @@ class LiftedModule(LiftedEvaluation):
                 "Expected Trainer argument `accelerator` to be 'cpu' or 'gpu' with LiftedModule, but got 'mps', which "
                 "has no float64. Use accelerator='cpu'."
             )
-        self._comm = self._communicator()
+        self.communicator = self._make_communicator()
         # Weights may have changed since the last fit, and so may the samples.
         self.report, self._first = None, True
         if not self._persists:
             self.reset_auxiliary()
 
-    def _communicator(self) -> Communicator:
+    def _make_communicator(self) -> Communicator:
         strategy = self.trainer.strategy
         if isinstance(strategy, LayerParallelStrategy):
             if not self.algorithm.layer_parallel:
@@ -170,7 +172,7 @@ class LiftedModule(LiftedEvaluation):
 
     def share_weights(self) -> None:
         """Bring the weights of all layers together where processes train different layers."""
-        share_weights(self.chain, self._comm)
+        share_weights(self.chain, self.communicator)
 
     def on_validation_start(self) -> None:
         """Evaluate the weights of all layers."""
@@ -186,6 +188,25 @@ class LiftedModule(LiftedEvaluation):
         self._state, self._saved = None, {}
         for name in [name for name, _ in self.named_buffers(recurse=False) if name.startswith("auxiliary_")]:
             delattr(self, name)
+
+    def use_chain(self, chain: Chain, algorithm: LiftedAlgorithm | None = None, *, restart: bool = True) -> None:
+        """Train other stages of the network from the next sweep on; for callbacks, during a fit.
+
+        Args:
+            chain: Stages of `network`.
+            algorithm: Another algorithm; the present one if None.
+            restart: Forget the auxiliary variables and what sweeps hand on. False with those of a checkpoint.
+
+        Raises:
+            ValueError: If the stages do not suit the algorithm.
+        """
+        algorithm = algorithm or self.algorithm
+        algorithm.check(chain, self.loss)
+        self.chain, self.algorithm, self.report = chain, algorithm, None
+        self.communicator = self._make_communicator()
+        if restart:
+            self.reset_auxiliary()
+            self._velocity = {}
 
     @property
     def _persists(self) -> bool:
@@ -210,7 +231,7 @@ class LiftedModule(LiftedEvaluation):
         return {"loss": self.report.objective}
 
     def _sweep(self, state: LiftedState) -> None:
-        self.report = self.algorithm.sweep(self.chain, state, self.loss, self._comm)
+        self.report = self.algorithm.sweep(self.chain, state, self.loss, self.communicator)
         self.sweeps += 1
 
     def _state_of(self, batch: Any) -> LiftedState:
@@ -220,7 +241,7 @@ class LiftedModule(LiftedEvaluation):
             return self._begin(batch)
         assert self._fingerprint is not None
         changed = torch.tensor(float(not self._fingerprint.matches(*split_batch(batch))), device=self.device)
-        self._comm.sum([changed])  # all processes do the same
+        self.communicator.sum([changed])  # all processes do the same
         if not changed:
             return self._recall(batch)
         if not first:
@@ -243,7 +264,7 @@ class LiftedModule(LiftedEvaluation):
         except (TypeError, ValueError) as found:
             error = found
         bad = torch.tensor(float(error is not None), device=self.device)
-        self._comm.sum([bad])
+        self.communicator.sum([bad])
         if error is not None:
             raise error
         if bad > 0:
@@ -257,18 +278,18 @@ class LiftedModule(LiftedEvaluation):
             needed = self.algorithm.bytes_per_sample(self.chain, x) * len(x)
             rank_zero_info(check_memory(needed, x.device, self.algorithm.offload))
         if not self._initialised:
-            self.algorithm.initialise(self.chain, x, self._comm)
-            if self._comm.size > 1:  # the random numbers of rank 0 for all
+            self.algorithm.initialise(self.chain, x, self.communicator)
+            if self.communicator.size > 1:  # the random numbers of rank 0 for all
                 broadcast_tensors(self.network)
             self._initialised = True
         velocity = {name: tensor.to(x.device) for name, tensor in self._velocity.items()}
-        state = self.algorithm.start(self.chain, x, y, self._comm, velocity)
+        state = self.algorithm.start(self.chain, x, y, self.communicator, velocity)
         state.sweep, self._velocity = self.sweeps, state.velocity
         if self._persists:
             self._fingerprint = Fingerprint(x, targets)
-            self.algorithm.release(state, self._comm.layers(len(self.chain)))
+            self.algorithm.release(state, self.communicator.layers(len(self.chain)))
             if self._saved:
-                restore(self._saved, state, self._fingerprint.value, self._comm.size)
+                restore(self._saved, state, self._fingerprint.value, self.communicator.size)
                 self._saved = {}
             self._state = state
             self._hold(state)
@@ -328,11 +349,11 @@ class LiftedModule(LiftedEvaluation):
         if self.save_auxiliary and self._state is not None:
             assert self._fingerprint is not None
             state = self._current()
-            saved |= pack(state, self._fingerprint.value, self._comm.size)
+            saved |= pack(state, self._fingerprint.value, self.communicator.size)
             for name, tensors in state.variables.items():
                 owners = [self.algorithm.layer_of(name, index) for index in range(len(tensors))]
-                if self._comm.layers(len(self.chain)) != range(len(self.chain)):
-                    saved["variables"][name] = self._comm.gather(tensors, owners)
+                if self.communicator.layers(len(self.chain)) != range(len(self.chain)):
+                    saved["variables"][name] = self.communicator.gather(tensors, owners)
         elif self._saved:  # loaded, and not yet used
             saved |= {name: self._saved[name] for name in ("variables", "cache", "fresh", "fingerprints")}
         checkpoint["lifted"] = saved
