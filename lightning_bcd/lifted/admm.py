@@ -61,6 +61,7 @@ class AlternatingDirections(LiftedAlgorithm):
     output_solver: Literal["newton", "fista"] | None = None
     reduction: Literal["sum", "mean"] | None = None
 
+    temporaries: ClassVar[int] = 6
     #: Settings of the published searches: doublings before a step is left out, iterations of FISTA, and ρ's maximum.
     doublings: ClassVar[int | None] = None
     fista_iterations: ClassVar[int] = 500
@@ -119,6 +120,10 @@ class AlternatingDirections(LiftedAlgorithm):
             output.zero_()
         return state
 
+    def temporary_rows(self, x: Tensor) -> int:
+        """All rows: updates work on whole matrices."""
+        return len(x)
+
     def resolve(self, loss: Loss) -> Loss:
         """The loss with the solver of the output step."""
         if self.output_solver == "fista":
@@ -148,7 +153,8 @@ class AlternatingDirections(LiftedAlgorithm):
         total = loss.value(output, state.y)
         comm.sum([total])
         cost = float(total) / state.samples
-        rho, last, stalls = state.velocity.get("rho", torch.tensor([self.rho, torch.inf, 0.0])).tolist()
+        first = torch.tensor([self.rho, torch.inf, 0.0], dtype=torch.float64)
+        rho, last, stalls = state.velocity.get("rho", first).tolist()
         stalls = stalls + 1 if self.stalls(cost, last) else 0.0
         if stalls == self.patience:
             rho, stalls = max(rho, min(10 * rho, self.largest_rho)), 0.0

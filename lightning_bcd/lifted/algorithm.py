@@ -137,6 +137,8 @@ class LiftedAlgorithm(ABC):
     storage_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     offload: bool = False
 
+    #: Temporaries of a sweep: matrices of the largest variable's width that are alive at once, at most.
+    temporaries: ClassVar[int] = 16
     #: Whether processes may hold different layers, see `LayerParallelStrategy`.
     layer_parallel: ClassVar[bool] = False
     #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
@@ -216,6 +218,16 @@ class LiftedAlgorithm(ABC):
         with precise(x.device):
             numbers = sum(t.numel() for stage in self.variables(chain, x[:1]) for t in stage.values())
         return numbers * self._storage(x).itemsize
+
+    def temporary_bytes(self, chain: Chain, x: Tensor) -> int:
+        """Bytes that a sweep over x takes beside the auxiliary variables, at most (sums over samples left out)."""
+        with precise(x.device):
+            widest = max(t.numel() for stage in self.variables(chain, x[:1]) for t in stage.values())
+        return self.temporaries * self.temporary_rows(x) * max(widest, x[0].numel()) * x.dtype.itemsize
+
+    def temporary_rows(self, x: Tensor) -> int:
+        """Rows of the temporaries of a sweep."""
+        return min(len(x), self.rows_per_chunk(x))
 
     def start(
         self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator, velocity: dict[str, Tensor] | None = None

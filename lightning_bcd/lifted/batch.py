@@ -143,11 +143,12 @@ def _odd(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) * 0x1E3779B97F4A7C15 * 2 + 1
 
 
-def check_memory(needed: int, device: torch.device, offload: bool) -> str:
+def check_memory(needed: int, temporary: int, device: torch.device, offload: bool) -> str:
     """Return a sentence about the memory of the auxiliary variables.
 
     Args:
         needed: Bytes.
+        temporary: Bytes of a sweep beside them.
         device: Where the data is.
         offload: Whether they stay in host memory.
 
@@ -167,4 +168,5 @@ def check_memory(needed: int, device: torch.device, offload: bool) -> str:
             f"{text}, but only {available / 2**20:,.1f} MiB are available. Use `storage_dtype='bfloat16'`, "
             "`offload=True`, fewer samples, more processes, or mini-batches with persist=False."
         )
-    return text + (" of host memory." if offload or device.type == "cpu" else f" of {device}.")
+    place = "host memory" if offload or device.type == "cpu" else str(device)
+    return f"{text} of {place}, temporaries of a sweep at most {temporary / 2**20:,.1f} MiB."

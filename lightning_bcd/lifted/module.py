@@ -227,6 +227,7 @@ class LiftedModule(LiftedEvaluation):
         self._check_objective(before, self.report)
         self._log_report(self.report, len(state.x))
         if self.log_train_accuracy:
+            self.share_weights()
             self._log_train_accuracy(batch)
         return {"loss": self.report.objective}
 
@@ -276,7 +277,8 @@ class LiftedModule(LiftedEvaluation):
         x, targets, y = self._checked(batch)
         if self._persists:
             needed = self.algorithm.bytes_per_sample(self.chain, x) * len(x)
-            rank_zero_info(check_memory(needed, x.device, self.algorithm.offload))
+            temporary = self.algorithm.temporary_bytes(self.chain, x)
+            rank_zero_info(check_memory(needed, temporary, x.device, self.algorithm.offload))
         if not self._initialised:
             self.algorithm.initialise(self.chain, x, self.communicator)
             if self.communicator.size > 1:  # the random numbers of rank 0 for all

@@ -51,8 +51,8 @@ class PDADMMGQ(PDADMMG):
         check_choice("quantize", self.quantize, ["p", "q", "both"])
         if self.grid is not None and self.bits is not None:
             raise ValueError("Expected one of the arguments `grid` and `bits`, but got both. Leave one out.")
-        if self.bits is not None and not 1 <= self.bits <= 16:
-            raise ValueError(f"Expected argument `bits` to be from 1 to 16, but got {self.bits}. Use 8.")
+        if self.bits is not None and not (isinstance(self.bits, int) and 1 <= self.bits <= 16):
+            raise ValueError(f"Expected argument `bits` to be an integer from 1 to 16, but got {self.bits}. Use 8.")
         if self.grid is not None:
             if len(self.grid) != 3 or not 2 <= self.grid[2] <= 2**16:
                 raise ValueError(
@@ -118,6 +118,7 @@ class GridCodec:
     def encode(self, values: Tensor) -> Tensor:
         """Return the bytes of a tensor on the grid, uint8."""
         index = ((values.flatten() - self.grid.low) / self.grid.spacing).round_().to(torch.int32)
+        index.clamp_(max=self.grid.levels - 1)  # rounding may have put the last level too high
         if self.bits == 8:
             return index.to(torch.uint8)
         # Groups of eight entries are whole bytes.
