@@ -10,7 +10,9 @@ from lightning_bcd.distributed.strategy import LayerParallelStrategy
 from lightning_bcd.full_batch import full_batch
 from lightning_bcd.graphs import PlanetoidDataModule, graph_augment
 from lightning_bcd.lifted.dladmm import DLADMM
+from lightning_bcd.lifted.growth import GrowLayers
 from lightning_bcd.lifted.layers import MLP, Abs, Residual, Sign
+from lightning_bcd.lifted.mdlam import MDLAM
 from lightning_bcd.lifted.module import LiftedModule
 from lightning_bcd.lifted.pdadmm import PDADMM, PDADMMG
 from lightning_bcd.lifted.quantized import PDADMMGQ
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DLADMM",
+    "MDLAM",
     "MLP",
     "PDADMM",
     "PDADMMG",
@@ -45,6 +48,7 @@ __all__ = [
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "GreedyStrategy",
+    "GrowLayers",
     "ImportanceStrategy",
     "LayerBlock",
     "LayerParallelStrategy",

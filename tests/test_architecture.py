@@ -17,7 +17,7 @@ TABLE = [
     "compatibility schedules tracking window distributed.strategy",
     "ranks lifted.evaluation",
     "lifted.module",
-    "callback sweep",
+    "callback sweep lifted.growth",
     "module models datamodules graphs comparison",
     "plotting demo __init__",
     "cli",

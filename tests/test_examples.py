@@ -16,6 +16,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
+PLANETOID = ROOT.parent / "shared" / "data" / "planetoid"
 
 # File -> arguments for a short run, and what its output must contain (a regular expression).
 SCRIPTS = {
@@ -39,6 +40,14 @@ SCRIPTS = {
     "lifted_cnn.py": (
         ["--data-dir", str(MNIST), "--epochs", "1", "--batch-size", "500", "--limit-batches", "2"],
         r"2 sweeps, \d+ s, test accuracy 0\.[5-9]",
+    ),
+    "mnist_dladmm.py": (
+        ["--data-dir", str(MNIST), "--samples", "1500", "--hidden", "60", "60", "--sweeps", "4"],
+        r"test_acc +│ +0\.[5-9]\d+(.|\n)*stage \S+: Z − P",
+    ),
+    "cora_ga_mlp.py": (
+        ["--data-dir", str(PLANETOID), "--sweeps", "4", "--width", "30"],
+        r"test_acc +│ +0\.[2-9]",
     ),
     "layer_parallel.py": (
         ["--sweeps", "3", "--bits", "8"],
@@ -71,6 +80,31 @@ BENCHMARKS = {
         ],
         r"three-splitting \| 0\.\d+ (.|\n)*straight-through estimator, Adam \| 0\.\d+",
     ),
+    "dladmm_sweep.py": (["--check"], r"\d\.\de-1\d"),
+    "dladmm_accuracy.py": (
+        [
+            *("--data-dir", str(MNIST), "--output", "dladmm", "--rows", "recommended", "frozen"),
+            *("--samples", "1500", "--hidden", "40", "40", "--sweeps", "2", "--every", "1"),
+        ],
+        r"\| 0\.[2-9]\d",
+    ),
+    "pdadmm_graph.py": (
+        [
+            *(
+                "--data-dir",
+                str(PLANETOID),
+                "--output",
+                "pdadmm",
+                "--graphs",
+                "cora",
+                "--rows",
+                "recommended",
+                "logistic",
+            ),
+            *("--seeds", "0", "--recommended-sweeps", "10", "--width", "20"),
+        ],
+        r"\| 0\.\d+",
+    ),
     "layer_parallel.py": (
         ["--samples", "100", "--width", "20", "--layers", "4", "--sweeps", "2"],
         r"\| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| 16,000 \|",
@@ -95,16 +129,17 @@ def run(script, arguments):
     )
 
 
-def needs_mnist(arguments):
-    if str(MNIST) in arguments and not MNIST.is_dir():
-        pytest.skip("no MNIST files in ../shared/data/mnist")
+def needs_data(arguments):
+    for folder in (MNIST, PLANETOID):
+        if str(folder) in arguments and not folder.is_dir():
+            pytest.skip(f"no files in ../shared/data/{folder.name}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark_runs_and_prints_its_table(name):
     arguments, result = BENCHMARKS[name]
-    needs_mnist(arguments)
+    needs_data(arguments)
     finished = run(EXAMPLES / "benchmarks" / name, arguments)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert re.search(result, finished.stdout), finished.stdout
@@ -113,7 +148,7 @@ def test_benchmark_runs_and_prints_its_table(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs_and_prints_its_result(name, tmp_path):
     arguments, result = SCRIPTS[name]
-    needs_mnist(arguments)
+    needs_data(arguments)
     if name == "finetune_causal_lm.py":
         pytest.importorskip("transformers", reason="the extra `hf` is not installed")
     finished = run(EXAMPLES / name, arguments)

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_bcd.communicator import Communicator
 from lightning_bcd.lifted.admm import AlternatingDirections, Steps, square
-from lightning_bcd.lifted.algorithm import LiftedState, Report
-from lightning_bcd.lifted.chain import Chain
+from lightning_bcd.lifted.algorithm import LiftedState, Report, check_choice
+from lightning_bcd.lifted.chain import Chain, Stage
 from lightning_bcd.prox.losses import Loss
+
+#: Below it the square of a gradient counts as zero.
+TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,18 @@ class DLADMM(AlternatingDirections):
     only gradients and curvatures are multiplied. `rho_schedule="published"`: after three rises of the training loss in
     a row ρ ← min(10 ρ, 0.1), and the search start grows with it.
 
-    The arguments are those of `AlternatingDirections`.
+    Args:
+        direction: Of the step on W: `"gradient"`, or `"conjugate"`: conjugate to the last step (Polak-Ribière), with b
+            moved along to the best value for every W. The same products, and the same guarantee: the step ends at the
+            minimum along a direction of descent. Needs `step="exact"`.
+
+    The other arguments are those of `AlternatingDirections`.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
+
+    direction: Literal["gradient", "conjugate"] | None = None
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
@@ -45,6 +58,7 @@ class DLADMM(AlternatingDirections):
             "init_output": "forward",
             "output_solver": "newton",
             "reduction": "sum",
+            "direction": "gradient",
         },
         "reference": {
             "rho_schedule": "published",
@@ -52,9 +66,18 @@ class DLADMM(AlternatingDirections):
             "init_output": "labels",
             "output_solver": "fista",
         },
-        "recommended": {"rho": 1.0, "init": "he"},
+        "recommended": {"rho": 0.03, "nu": 1.0, "direction": "conjugate", "init": "looks_linear"},
     }
     largest_rho: ClassVar[float] = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("direction", self.direction, ["gradient", "conjugate"])
+        if self.direction == "conjugate" and self.step != "exact":
+            raise ValueError(
+                f"Expected argument `step` to be 'exact' with direction='conjugate', but got {self.step!r}: other "
+                "lengths do not keep directions conjugate. Leave it out."
+            )
 
     def variables(self, chain: Chain, x: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield Z_l, the product M_l, and A_l of hidden stages or U of the last, for a forward pass."""
@@ -130,6 +153,7 @@ class Sweep:
         self.dual = state.variables["u"][0]
         self.last = len(chain) - 1
         self.samples = state.samples if algorithm.reduction == "mean" else 1
+        self.direction = algorithm.direction
         assert algorithm.rho is not None
         self.steps = Steps(algorithm, comm, state.samples, scale=rho / algorithm.rho)
 
@@ -155,10 +179,50 @@ class Sweep:
         self.steps.update_b(self.chain[layer], self.m[layer], self.target(layer)[0])
 
     def update_w(self, layer: int) -> None:
-        """W_l ← W_l − g/θ, g = weight (P_l − target)ᵀA_{l-1}."""
+        """W_l ← W_l − g/θ, g = weight (P_l − target)ᵀA_{l-1}, or a step conjugate to the last one."""
         target, weight = self.target(layer)
-        inputs = inputs_of(self.chain, self.state, layer)
-        self.steps.update_w(self.chain[layer], self.m[layer], inputs, target, weight)
+        stage, inputs = self.chain[layer], inputs_of(self.chain, self.state, layer)
+        if self.direction == "gradient":
+            self.steps.update_w(stage, self.m[layer], inputs, target, weight)
+        elif stage.weight.requires_grad:
+            self.update_w_conjugate(stage, layer, inputs, target)
+
+    def update_w_conjugate(self, stage: Stage, layer: int, inputs: Tensor, target: Tensor) -> None:
+        """Minimise ‖target − A Wᵀ − 1bᵀ‖² over b and along W − s D, D = g + β⁺ D_old, s ≥ 0.
+
+        b is eliminated: g and the curvature are those of centred inputs, where the mean of ReLU features, their largest
+        direction by far, does not shorten the step. β⁺ = max(0, ⟨g, g − g_old⟩ / ‖g_old‖²) (Nocedal and Wright,
+        Numerical Optimization, 5.45); D = g where D would not be a direction of descent.
+        """
+        product, samples = self.m[layer], self.state.samples
+        error, center = product - target, inputs.new_zeros(inputs.shape[1])
+        shift = error.new_zeros(error.shape[1])
+        if stage.bias is not None:
+            sums = [error.sum(0), inputs.sum(0)]
+            self.comm.sum(sums)
+            shift, center = (total / samples for total in sums)
+            error.sub_(shift)
+        gradient = error.T @ inputs
+        self.comm.sum([gradient])
+        velocity, names = self.state.velocity, (f"gradient{layer}", f"direction{layer}")
+        direction = gradient
+        if names[0] in velocity:
+            old, last = (velocity[name] for name in names)
+            change, norm = (gradient * (gradient - old)).sum(), old.square().sum()
+            beta = torch.where(norm > TINY, (change / norm).clamp_min(0), torch.zeros_like(norm))
+            direction = gradient + last * beta
+            direction = torch.where((gradient * direction).sum() > 0, direction, gradient)
+        velocity.update(zip(names, (gradient, direction), strict=True))
+        moved = direction @ center
+        image = (inputs @ direction.T).sub_(moved)
+        curved = square(image)
+        self.comm.sum([curved])
+        slope = (gradient * direction).sum().double()
+        length = torch.where(curved > 0, slope / curved, torch.zeros_like(slope)).to(gradient.dtype)
+        stage.weight.sub_(direction * length)
+        product.sub_(image.mul_(length)).sub_(shift)
+        if stage.bias is not None:
+            stage.bias.add_(moved * length).sub_(shift)
 
     def update_a(self, layer: int) -> None:
         """A_l ← A_l − g/τ, g = weight (P_{l+1} − target)W_{l+1} + ν(A_l − σ(Z_l))."""

@@ -64,7 +64,7 @@ class PDADMM(AlternatingDirections):
             "init_output": "zeros",
             "output_solver": "fista",
         },
-        "recommended": {"init_output": "zeros", "rho_schedule": "published"},
+        "recommended": {"rho": 0.1, "init_output": "zeros"},
     }
     layer_parallel: ClassVar[bool] = True
     doublings: ClassVar[int | None] = 10
