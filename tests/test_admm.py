@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_bcd import DLADMM, MLP, PDADMM, PDADMMG, PDADMMGQ, LiftedModule, full_batch
 from lightning_bcd.communicator import Alone
-from lightning_bcd.lifted import pdadmm
+from lightning_bcd.lifted import dladmm, pdadmm
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.layers import Residual
 from lightning_bcd.lifted.quantized import GridCodec
@@ -957,3 +957,33 @@ def test_two_processes_equal_one(tmp_path):
         trainer(max_epochs=3).fit(model, full_batch(data()))
         for a, b in zip(weights(resumed.network), weights(model.network), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_conjugate_steps_end_at_least_squares_and_never_rise(bias, layer):
+    x, y, loss = problem(60, 6, 3)
+    x = x + 2  # far from centred, as features of ReLU are
+    algorithm = DLADMM(rho=0.3, nu=1.2, direction="conjugate")
+    chain, state = begin(algorithm, network([6, 8, 7, 3], bias=bias), x, y, loss, noise=0.5)
+    sweep = dladmm.Sweep(algorithm, chain, state, loss, Alone(), 0.3, 1.2)
+    values = []
+    with torch.no_grad():
+        for _ in range(9):  # as many as a fixed quadratic of this size needs, and one more
+            values.append(float(algorithm.objective(chain, state, loss)))
+            sweep.update_w(layer)
+        inputs = state.variables["a"][layer - 1] if layer else x
+        columns = torch.cat([inputs, torch.ones(60, 1, dtype=F64)], 1) if bias else inputs
+        target = sweep.target(layer)[0]
+        best = target - columns @ torch.linalg.pinv(columns) @ target
+        torch.testing.assert_close(target - state.variables["m"][layer], best, rtol=0, atol=1e-8)
+        torch.testing.assert_close(state.variables["m"][layer], chain[layer].forward(inputs), rtol=0, atol=1e-11)
+    assert all(after <= before + 1e-12 for before, after in pairwise(values))
+    assert values[0] - values[-1] > 1e-3
+
+
+def test_conjugate_steps_need_exact_lengths():
+    with pytest.raises(ValueError, match="`step` to be 'exact' with direction='conjugate', but got 'lipschitz'"):
+        DLADMM(direction="conjugate", step="lipschitz")
+    with pytest.raises(ValueError, match="`direction` to be one of"):
+        DLADMM(direction="newton")
