@@ -62,6 +62,8 @@ class AlternatingDirections(LiftedAlgorithm):
     reduction: Literal["sum", "mean"] | None = None
 
     temporaries: ClassVar[int] = 6
+    #: Name of the variables that are inputs of layers.
+    inputs: ClassVar[str] = "a"
     #: Settings of the published searches: doublings before a step is left out, iterations of FISTA, and ρ's maximum.
     doublings: ClassVar[int | None] = None
     fista_iterations: ClassVar[int] = 500
@@ -178,9 +180,16 @@ class AlternatingDirections(LiftedAlgorithm):
             state.fresh = False
             return report
 
-    @abstractmethod
+    def inputs_of(self, chain: Chain, state: LiftedState, layer: int) -> Tensor:
+        """The input of a layer, N × d_{l-1}: a variable, or X for the first layer."""
+        return state.variables[self.inputs][layer - 1] if layer else chain[0].prepare(state.x)
+
     def refresh(self, chain: Chain, state: LiftedState) -> None:
-        """Compute the held products anew."""
+        """Compute the held products M_l = A_{l-1} W_lᵀ + 1b_lᵀ anew, of the layers that this process has."""
+        for layer, stage in enumerate(chain):
+            product = state.variables["m"][layer]
+            if len(product):
+                product.copy_(stage.forward(self.inputs_of(chain, state, layer)))
 
     @abstractmethod
     def visit(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator, rho: float, nu: float) -> Report:

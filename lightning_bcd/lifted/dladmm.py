@@ -85,11 +85,6 @@ class DLADMM(AlternatingDirections):
         for layer, (z, a) in enumerate(chain.forward(x)):
             yield {"z": z, "m": z} | ({"u": torch.zeros_like(z)} if layer == last else {"a": a})
 
-    def refresh(self, chain: Chain, state: LiftedState) -> None:
-        """Compute M_l = A_{l-1} W_lᵀ + 1b_lᵀ anew."""
-        for layer, stage in enumerate(chain):
-            state.variables["m"][layer].copy_(stage.forward(inputs_of(chain, state, layer)))
-
     def visit(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator, rho: float, nu: float) -> Report:
         """Backward, forward, dual (Algorithm 1 of [1])."""
         sweep = Sweep(self, chain, state, loss, comm, rho, nu)
@@ -120,7 +115,7 @@ class DLADMM(AlternatingDirections):
         values, last = state.variables, len(chain) - 1
         total = loss.value(values["z"][last], state.y)
         for layer, stage in enumerate(chain):
-            error = values["z"][layer] - stage.forward(inputs_of(chain, state, layer))
+            error = values["z"][layer] - stage.forward(self.inputs_of(chain, state, layer))
             total = total + (rho if layer == last else nu) / 2 * error.double().square().sum()
             if layer == last:
                 total = total + (values["u"][0] * error).double().sum()
@@ -128,11 +123,6 @@ class DLADMM(AlternatingDirections):
                 gap = values["a"][layer] - stage.activation(values["z"][layer])
                 total = total + nu / 2 * gap.double().square().sum()
         return total / (state.samples if self.reduction == "mean" else 1)
-
-
-def inputs_of(chain: Chain, state: LiftedState, layer: int) -> Tensor:
-    """A_{l-1}, N × d_{l-1}; the input itself below the first layer."""
-    return state.variables["a"][layer - 1] if layer else chain[0].prepare(state.x)
 
 
 class Sweep:
@@ -148,7 +138,8 @@ class Sweep:
         rho: float,
         nu: float,
     ) -> None:
-        self.chain, self.state, self.loss, self.comm, self.rho, self.nu = chain, state, loss, comm, rho, nu
+        self.algorithm, self.chain, self.state, self.loss, self.comm = algorithm, chain, state, loss, comm
+        self.rho, self.nu = rho, nu
         self.z, self.m, self.a = (state.variables[name] for name in ("z", "m", "a"))
         self.dual = state.variables["u"][0]
         self.last = len(chain) - 1
@@ -181,7 +172,7 @@ class Sweep:
     def update_w(self, layer: int) -> None:
         """W_l ← W_l − g/θ, g = weight (P_l − target)ᵀA_{l-1}, or a step conjugate to the last one."""
         target, weight = self.target(layer)
-        stage, inputs = self.chain[layer], inputs_of(self.chain, self.state, layer)
+        stage, inputs = self.chain[layer], self.algorithm.inputs_of(self.chain, self.state, layer)
         if self.direction == "gradient":
             self.steps.update_w(stage, self.m[layer], inputs, target, weight)
         elif stage.weight.requires_grad:

@@ -127,11 +127,6 @@ class MDLAM(AlternatingDirections):
             moves = {"move": torch.zeros_like(a)} if hidden and self.momentum else {}
             yield {"z": z, "m": z} | hidden | moves
 
-    def refresh(self, chain: Chain, state: LiftedState) -> None:
-        """Compute M_l = A_{l-1} W_lᵀ + 1b_lᵀ anew."""
-        for layer, stage in enumerate(chain):
-            state.variables["m"][layer].copy_(stage.forward(inputs_of(chain, state, layer)))
-
     def visit(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator, rho: float, nu: float) -> Report:
         """Forward over the layers (Algorithm 1 of [1])."""
         sweep = Sweep(self, chain, state, loss, comm, rho, nu)
@@ -155,15 +150,10 @@ class MDLAM(AlternatingDirections):
         values, last = state.variables["z"], len(chain) - 1
         total = loss.value(values[last], state.y)
         for layer, stage in enumerate(chain):
-            error = values[layer] - stage.forward(inputs_of(chain, state, layer))
+            error = values[layer] - stage.forward(self.inputs_of(chain, state, layer))
             total = total + (rho if layer == last else nu) / 2 * square(error)
         ridge = (self.mu or 0.0) / 2 * torch.stack([square(stage.weight) for stage in chain]).sum()
         return total / (state.samples if self.reduction == "mean" else 1) + ridge
-
-
-def inputs_of(chain: Chain, state: LiftedState, layer: int) -> Tensor:
-    """A_{l-1}, N × d_{l-1}; the input itself below the first layer."""
-    return state.variables["a"][layer - 1] if layer else chain[0].prepare(state.x)
 
 
 class Sweep:
@@ -172,7 +162,7 @@ class Sweep:
     def __init__(
         self, algorithm: MDLAM, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator, rho: float, nu: float
     ) -> None:
-        self.chain, self.state, self.loss, self.comm = chain, state, loss, comm
+        self.algorithm, self.chain, self.state, self.loss, self.comm = algorithm, chain, state, loss, comm
         self.z, self.m, self.a = (state.variables[name] for name in ("z", "m", "a"))
         self.last = len(chain) - 1
         self.weights = [nu] * self.last + [rho]
@@ -210,7 +200,7 @@ class Sweep:
         stage = self.chain[layer]
         if not stage.weight.requires_grad:  # the user froze the stage
             return
-        inputs, ridge = inputs_of(self.chain, self.state, layer), self.mu * self.samples
+        inputs, ridge = self.algorithm.inputs_of(self.chain, self.state, layer), self.mu * self.samples
 
         def step() -> None:
             self.steps.update_w(stage, self.m[layer], inputs, self.z[layer], self.weights[layer], ridge)

@@ -67,6 +67,7 @@ class PDADMM(AlternatingDirections):
         "recommended": {"rho": 0.1, "init_output": "zeros"},
     }
     layer_parallel: ClassVar[bool] = True
+    inputs: ClassVar[str] = "p"
     doublings: ClassVar[int | None] = 10
     fista_iterations: ClassVar[int] = 50
     patience: ClassVar[int] = 2
@@ -121,12 +122,6 @@ class PDADMM(AlternatingDirections):
         for layer, (z, q) in enumerate(chain.forward(x)):
             yield {"z": z, "m": z} | ({} if layer == last else {"p": q, "q": q, "u": torch.zeros_like(q)})
 
-    def refresh(self, chain: Chain, state: LiftedState) -> None:
-        """Compute M_l = P_l W_lᵀ + 1b_lᵀ anew."""
-        for layer, stage in enumerate(chain):
-            if len(state.variables["m"][layer]):
-                state.variables["m"][layer].copy_(stage.forward(inputs_of(chain, state, layer)))
-
     def visit(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator, rho: float, nu: float) -> Report:
         """P, W, b, Z, Q, U of the layers of this process (Algorithm 1 of [1])."""
         sweep = Sweep(self, chain, state, loss, comm, rho, nu)
@@ -162,7 +157,7 @@ class PDADMM(AlternatingDirections):
         samples = state.samples if self.reduction == "mean" else 1
         total = loss.value(z[-1], state.y)
         for layer, stage in enumerate(chain):
-            error = z[layer] - stage.forward(inputs_of(chain, state, layer))
+            error = z[layer] - stage.forward(self.inputs_of(chain, state, layer))
             total = total + nu / 2 * error.double().square().sum()
             if layer < len(chain) - 1:
                 gap = p[layer] - q[layer]
@@ -200,11 +195,6 @@ class PDADMMG(PDADMM):
         return self.mu
 
 
-def inputs_of(chain: Chain, state: LiftedState, layer: int) -> Tensor:
-    """P_l, N × d_{l-1}; the input itself for the first layer."""
-    return state.variables["p"][layer - 1] if layer else chain[0].prepare(state.x)
-
-
 class Sweep:
     """One sweep in progress. Boundary l lies above layer l: P_{l+1}, Q_l and U_l have index l."""
 
@@ -230,7 +220,7 @@ class Sweep:
 
     def update_w(self, layer: int) -> None:
         """W_l ← W_l − g/θ, g = ν (M_l − Z_l)ᵀP_l + μ W_l."""
-        inputs = inputs_of(self.chain, self.state, layer)
+        inputs = self.algorithm.inputs_of(self.chain, self.state, layer)
         ridge = self.algorithm.ridge * self.samples
         self.steps.update_w(self.chain[layer], self.m[layer], inputs, self.z[layer], self.nu, ridge)
 
