@@ -132,6 +132,13 @@ class AlternatingDirections(LiftedAlgorithm):
             return CrossEntropyLoss(solver="fista", max_iterations=self.fista_iterations)
         return loss
 
+    @staticmethod
+    def solve_output(loss: Loss, centre: Tensor, tau: float, y: Tensor, old: Tensor) -> Tensor:
+        """Return argmin_Z R(Z; Y) + τ/2 ‖Z − centre‖²; FISTA, which is inexact, starts at the old value."""
+        if isinstance(loss, CrossEntropyLoss):
+            return loss.prox(centre, 1 / tau, y, start=old)
+        return loss.prox(centre, 1 / tau, y)
+
     def penalties(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> tuple[float, float]:
         """ρ and ν of this sweep."""
         assert self.rho is not None

@@ -157,8 +157,7 @@ class Sweep:
     def update_z_last(self) -> None:
         """Z_L = argmin R(Z; Y) + ρ/2 ‖Z − P_L + U/ρ‖²."""
         centre = torch.sub(self.m[-1], self.dual, alpha=1 / self.rho)
-        options = {"start": self.z[-1]} if getattr(self.loss, "solver", "") == "fista" else {}
-        self.z[-1].copy_(self.loss.prox(centre, 1 / self.rho, self.state.y, **options))
+        self.z[-1].copy_(self.algorithm.solve_output(self.loss, centre, self.rho, self.state.y, self.z[-1]))
 
     def update_z(self, layer: int) -> None:
         """Z_l = argmin ν/2 ‖Z − P_l‖² + ν/2 ‖A_l − σ(Z)‖²."""

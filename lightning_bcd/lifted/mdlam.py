@@ -286,8 +286,8 @@ class Sweep:
 
     def update_z_last(self) -> None:
         """Z_L = argmin R(Z; Y) + ρ/2 ‖Z − P_L‖²."""
-        options = {"start": self.z[-1]} if getattr(self.loss, "solver", "") == "fista" else {}
-        self.z[-1].copy_(self.loss.prox(self.m[-1], 1 / self.weights[-1], self.state.y, **options))
+        z, weight = self.z[-1], self.weights[-1]
+        z.copy_(self.algorithm.solve_output(self.loss, self.m[-1], weight, self.state.y, z))
 
     def report(self) -> Report:
         """The terms of the objective after the sweep; `activation` is the root mean square of A_l − σ(Z_l)."""

@@ -232,8 +232,7 @@ class Sweep:
         """Z_l = argmin ν/2 (‖Z − M_l‖² + ‖Q_l − σ(Z)‖² + ‖Z − Z_old‖²), Z_L = argmin R(Z; Y) + ν/2 ‖Z − M_L‖²."""
         z, m = self.z[layer], self.m[layer]
         if layer == self.last:
-            options = {"start": z} if getattr(self.loss, "solver", "") == "fista" else {}
-            z.copy_(self.loss.prox(m, 1 / self.nu, self.state.y, **options))
+            z.copy_(self.algorithm.solve_output(self.loss, m, self.nu, self.state.y, z))
         elif self.algorithm.z_rule == "reference":
             z.copy_(_published_z(z, m, self.q[layer]))
         else:
