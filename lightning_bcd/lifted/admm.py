@@ -180,12 +180,16 @@ class AlternatingDirections(LiftedAlgorithm):
         with precise(state.x.device):
             loss = self.resolve(loss)
             rho, nu = self.penalties(chain, state, loss, comm)
-            if state.sweep and state.sweep % REFRESH_EVERY == 0:
+            if not state.fresh and self.is_stale(state):
                 self.refresh(chain, state)
             report = self.visit(chain, state, loss, comm, rho, nu)
             state.sweep += 1
             state.fresh = False
             return report
+
+    def is_stale(self, state: LiftedState) -> bool:
+        """Whether the held products are computed anew before this sweep."""
+        return state.sweep % REFRESH_EVERY == 0
 
     def inputs_of(self, chain: Chain, state: LiftedState, layer: int) -> Tensor:
         """The input of a layer, N × d_{l-1}: a variable, or X for the first layer."""

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_bcd.communicator import Communicator
+from lightning_bcd.lifted.acceleration import Accelerated
 from lightning_bcd.lifted.admm import AlternatingDirections, Steps, square
-from lightning_bcd.lifted.algorithm import LiftedState, Report, check_choice
+from lightning_bcd.lifted.algorithm import LiftedState, Report, check_choice, precise
 from lightning_bcd.lifted.chain import Chain, Stage
 from lightning_bcd.prox.losses import Loss
 
@@ -29,7 +30,7 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class DLADMM(AlternatingDirections):
+class DLADMM(Accelerated, AlternatingDirections):
     """dlADMM (Wang, Yu, Chen, Zhao, KDD 2019, Algorithm 1).
 
     Work per sweep: 4 M_1 + 8 Σ_{l≥2} M_l FLOPs with M_l = 2 d_l d_{l-1} N; the products A_{l-1} W_lᵀ are held, so that
@@ -41,7 +42,7 @@ class DLADMM(AlternatingDirections):
             moved along to the best value for every W. The same products, and the same guarantee: the step ends at the
             minimum along a direction of descent. Needs `step="exact"`.
 
-    The other arguments are those of `AlternatingDirections`.
+    The other arguments are those of `AlternatingDirections` and `Accelerated`. A restart, Σ M_l FLOPs, keeps U.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,6 +60,7 @@ class DLADMM(AlternatingDirections):
             "output_solver": "newton",
             "reduction": "sum",
             "direction": "gradient",
+            "momentum": 0.0,
         },
         "reference": {
             "rho_schedule": "published",
@@ -66,7 +68,13 @@ class DLADMM(AlternatingDirections):
             "init_output": "labels",
             "output_solver": "fista",
         },
-        "recommended": {"rho": 0.03, "nu": 1.0, "direction": "conjugate", "init": "looks_linear"},
+        "recommended": {
+            "rho": 0.01,
+            "direction": "conjugate",
+            "init": "looks_linear",
+            "restart_every": 1,
+            "momentum": 0.9,
+        },
     }
     largest_rho: ClassVar[float] = 0.1
 
@@ -84,6 +92,24 @@ class DLADMM(AlternatingDirections):
         last = len(chain) - 1
         for layer, (z, a) in enumerate(chain.forward(x)):
             yield {"z": z, "m": z} | ({"u": torch.zeros_like(z)} if layer == last else {"a": a})
+
+    def restart(self, chain: Chain, state: LiftedState) -> None:
+        """Set the auxiliary variables to those of a forward pass again, all but U."""
+        dual = [u.clone() for u in state.variables.get("u", [])]
+        super().restart(chain, state)
+        for u, kept in zip(state.variables["u"], dual, strict=False):
+            u.copy_(kept)
+
+    def is_stale(self, state: LiftedState) -> bool:
+        """Momentum has moved the weights after the last sweep."""
+        return bool(self.momentum) or super().is_stale(state)
+
+    def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
+        """Update every block once; restart before, move on after it."""
+        if self.restarts(state):
+            self.restart(chain, state)
+        with precise(state.x.device), self.heavy_ball(chain, state):
+            return super().sweep(chain, state, loss, comm)
 
     def visit(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator, rho: float, nu: float) -> Report:
         """Backward, forward, dual (Algorithm 1 of [1])."""

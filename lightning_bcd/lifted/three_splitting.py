@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_bcd.communicator import Communicator
+from lightning_bcd.lifted.acceleration import Accelerated
 from lightning_bcd.lifted.algorithm import LiftedState, Report, Schedule, check_choice, precise
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.splitting import GROWING, Splitting
@@ -31,7 +32,7 @@ PENALISED_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreeSplitting(Splitting):
+class ThreeSplitting(Accelerated, Splitting):
     """Three-splitting BCD (Zeng, Lau, Lin, Yao, ICML 2019, Algorithm 2).
 
     With γ, α > 0 and `update="proximal"` on linear layers every sub-problem is solved exactly and the objective never
@@ -44,11 +45,8 @@ class ThreeSplitting(Splitting):
         order: `"backward"` from the last layer to the first (the paper), or `"forward"`.
         step: Length of gradient steps: `"exact"` along the gradient, or `"lipschitz"`.
         inner_iterations: Gradient steps per V-update of a prox-linear stage.
-        restart_every: Set the auxiliary variables to those of a forward pass before every k-th sweep; never if None.
-        momentum: β in [0, 1): after a sweep the weights of hidden stages move on by β times their last move (heavy
-            ball). 0 if None. The report is that of the sweep, before this move.
 
-    The other arguments are those of `Splitting`.
+    The other arguments are those of `Splitting` and `Accelerated`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,8 +57,6 @@ class ThreeSplitting(Splitting):
     order: Literal["backward", "forward"] = "backward"
     step: Literal["exact", "lipschitz"] = "exact"
     inner_iterations: int = 1
-    restart_every: int | None = None
-    momentum: float | None = None
 
     #: Whether residual stages are accepted.
     skips: ClassVar[bool] = False
@@ -96,11 +92,6 @@ class ThreeSplitting(Splitting):
         check_choice("step", self.step, ["exact", "lipschitz"])
         if self.inner_iterations < 1:
             raise ValueError(f"Expected argument `inner_iterations` to be at least 1, but got {self.inner_iterations}.")
-        if self.restart_every is not None and self.restart_every < 1:
-            raise ValueError(f"Expected `restart_every` to be None or at least 1, but got {self.restart_every}")
-        assert self.momentum is not None
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"Expected argument `momentum` to be in [0, 1), but got {self.momentum}. Use e.g. 0.9.")
 
     @property
     def descends(self) -> bool:
@@ -125,15 +116,10 @@ class ThreeSplitting(Splitting):
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
         """Update every block once (Algorithm 2 of [1])."""
         with precise(state.x.device):
-            if self.restart_every is not None and state.sweep % self.restart_every == 0 and not state.fresh:
+            if self.restarts(state):
                 self.restart(chain, state)
-            before = [p.clone() for p in chain.hidden_parameters()] if self.momentum else []
-            report = self._sweep(chain, state, loss, comm).run()
-            for index, (p, old) in enumerate(zip(chain.hidden_parameters(), before, strict=False)):
-                move = p - old
-                last = state.velocity.get(str(index))
-                state.velocity[str(index)] = move if last is None else move.add_(last, alpha=self.momentum or 0.0)
-                p.copy_(old + move)
+            with self.heavy_ball(chain, state):
+                report = self._sweep(chain, state, loss, comm).run()
             for stage, penalty in zip(list(chain)[:-1], self.weight_penalties(len(chain)), strict=False):
                 # Back into constraints that the move left; the prox of other penalties does nothing with t = 0.
                 if self.momentum and stage.weight.requires_grad and not isinstance(penalty, NoPenalty):
