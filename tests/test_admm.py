@@ -12,7 +12,7 @@ from toolbox import run_processes, same, trainer, weights
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_bcd import DLADMM, MLP, PDADMM, PDADMMG, PDADMMGQ, LiftedModule, full_batch
+from lightning_bcd import DLADMM, MDLAM, MLP, PDADMM, PDADMMG, PDADMMGQ, LiftedModule, full_batch
 from lightning_bcd.communicator import Alone
 from lightning_bcd.lifted import dladmm, pdadmm
 from lightning_bcd.lifted.chain import Chain
@@ -844,9 +844,19 @@ class RisingDLADMM(DLADMM):
 TRAINED = {
     "dladmm": lambda: DLADMM(rho=0.5, nu=0.3),
     "dladmm, published": lambda: RisingDLADMM(preset="reference", rho=1e-4),
+    "dladmm, recommended": lambda: DLADMM(preset="recommended", init="he"),
     "pdadmm": lambda: PDADMM(rho=0.5, nu=0.1, step="lipschitz"),
     "pdadmm_g, published": lambda: Stalling(rho=1e-3, mu=0.01, rho_schedule="published", init="he"),
     "pdadmm_g_q": lambda: PDADMMGQ(rho=0.5, nu=0.1, bits=6, reduction="mean"),
+    "mdlam": lambda: MDLAM(rho=0.3, mu=0.01, epsilon=10.0, epsilon_decay=0.7),
+}
+#: What a run hands on from sweep to sweep, beside the auxiliary variables.
+CARRIED = {
+    "dladmm, published": {"rho"},
+    "dladmm, recommended": {f"{kind}{layer}" for kind in ("gradient", "direction") for layer in range(3)} | set("0123"),
+    "pdadmm_g, published": {"rho"},
+    "pdadmm_g_q": {"grid"},
+    "mdlam": {"t", *"012"},
 }
 
 
@@ -859,7 +869,7 @@ def module(name, seed=0, **arguments):
     return LiftedModule(network((6, 8, 5, 3), seed=seed), TRAINED[name](), "cross_entropy", **arguments)
 
 
-@pytest.mark.parametrize("name", ["dladmm", "pdadmm", "pdadmm_g_q"])
+@pytest.mark.parametrize("name", ["dladmm", "pdadmm", "pdadmm_g_q", "mdlam"])
 def test_a_trainer_makes_the_sweeps_of_a_plain_loop_and_the_network_learns(name):
     model, plain = module(name), module(name)
     runner = trainer(max_epochs=30)
@@ -892,7 +902,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(name, tmp_pat
     for key, tensors in whole._state.variables.items():
         assert same(tensors, resumed._state.variables[key])
     velocity = whole._state.velocity
-    assert set(velocity) == ({"rho"} if "published" in name else {"grid"} if name == "pdadmm_g_q" else set())
+    assert set(velocity) == CARRIED.get(name, set())
     for key, tensor in velocity.items():
         assert torch.equal(tensor, resumed._state.velocity[key])
     if "rho" in velocity:
@@ -987,3 +997,64 @@ def test_conjugate_steps_need_exact_lengths():
         DLADMM(direction="conjugate", step="lipschitz")
     with pytest.raises(ValueError, match="`direction` to be one of"):
         DLADMM(direction="newton")
+
+
+@pytest.mark.parametrize("restart_every", [None, 1, 2])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_restarts_keep_the_dual_and_momentum_moves_hidden_weights_on(restart_every, momentum):
+    x, y, loss = problem(30, 6, 3)
+    algorithm, plain = DLADMM(rho=0.5, restart_every=restart_every, momentum=momentum), DLADMM(rho=0.5)
+    chain, state = begin(algorithm, network((6, 8, 5, 3)), x, y, loss)
+    other, expected = begin(plain, network((6, 8, 5, 3)), x, y, loss)
+    hidden = [p for stage in list(other)[:-1] for p in (stage.weight, stage.bias)]
+    velocity = [torch.zeros_like(p) for p in hidden]
+    for sweep in range(6):
+        algorithm.sweep(chain, state, loss, Alone())
+        if sweep and restart_every is not None and sweep % restart_every == 0:
+            fresh = plain.start(other, x, y, Alone())
+            fresh.variables["u"] = expected.variables["u"]
+            expected = fresh
+        before = [p.detach().clone() for p in hidden]
+        plain.sweep(other, expected, loss, Alone())
+        with torch.no_grad():
+            for p, old, v in zip(hidden, before, velocity, strict=True):
+                v.mul_(momentum).add_(p - old)
+                p.copy_(old + v)
+            inputs = [x, *expected.variables["a"]]
+            for m, stage, a in zip(expected.variables["m"], other, inputs, strict=True):
+                m.copy_(stage.forward(a))
+        for a, b in zip(weights_of(chain), weights_of(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state.variables["u"][0], expected.variables["u"][0], rtol=1e-10, atol=1e-12)
+    assert state.variables["u"][0].abs().max() > 1e-3
+
+
+def weights_of(chain):
+    return [p.detach() for stage in chain for p in (stage.weight, stage.bias)]
+
+
+def test_recommended_settings_of_dladmm_learn_hidden_features():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 5, generator=generator, dtype=F64)
+    labels = (x[:, 0] * x[:, 1] > 0).long()  # no linear model does better than chance
+    loss, net = CrossEntropyLoss(), network((5, 40, 40, 2))
+    algorithm = DLADMM(preset="recommended")
+    chain = Chain(net)
+    algorithm.initialise(chain, x, Alone())
+    state = algorithm.start(chain, x, loss.encode(labels, 2, F64), Alone())
+    for _ in range(100):
+        algorithm.sweep(chain, state, loss, Alone())
+    with torch.no_grad():
+        assert float((net(x).argmax(1) == labels).double().mean()) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"restart_every": 0}, "`restart_every` to be None or at least 1, but got 0"),
+        ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\), but got 1.0"),
+    ],
+)
+def test_bad_accelerations_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DLADMM(**arguments)

@@ -105,13 +105,30 @@ BENCHMARKS = {
         ],
         r"\| 0\.\d+",
     ),
+    "quantized.py": (
+        [
+            *("--data-dir", str(MNIST.parent), "--samples", "300", "--sweeps", "3", "--width", "20"),
+            *("--bits", "32", "4", "--seeds", "0"),
+        ],
+        r"\| mnist \| 4 \| 1 \| 0\.\d+ \| 6,000 \| 0\.125 \|",
+    ),
+    "mdlam_graph.py": (
+        [
+            *("--data-dir", str(PLANETOID), "--graphs", "cora", "--seeds", "0", "--sweeps", "12", "--width", "20"),
+            *("--figure", "mdlam.png"),
+        ],
+        r"cora, published \| published\+momentum \| 1 (\| [\d.]+ ){6}\|",
+    ),
     "layer_parallel.py": (
         ["--samples", "100", "--width", "20", "--layers", "4", "--sweeps", "2"],
         r"\| 2 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| 16,000 \|",
     ),
     "prefix_cache.py": (["--rounds", "1", "--inner-steps", "2"], r"speed-up"),
 }
-CONFIGS = ["digits.yaml", "greedy.yaml", "lifted.yaml", "manual.yaml", "pdadmm.yaml"]
+CONFIGS = [
+    *("digits.yaml", "greedy.yaml", "manual.yaml", "lifted.yaml"),
+    *("dladmm.yaml", "mdlam.yaml", "pdadmm.yaml", "pdadmm_gq.yaml"),
+]
 
 
 def test_every_example_is_tested():

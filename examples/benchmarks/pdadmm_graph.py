@@ -1,4 +1,4 @@
-"""Graph-augmented MLPs on Cora and Citeseer: pdADMM-G grown to ten layers, pdADMM-G-Q, and simple methods beside them.
+"""Graph-augmented MLPs on Cora and Citeseer: pdADMM-G grown to ten layers, and simple methods beside it.
 
 Rows, each for a graph and a seed, on the features [X, ÂX, … Â⁴X] and the public split:
 
@@ -7,8 +7,6 @@ Rows, each for a graph and a seed, on the features [X, ÂX, … Â⁴X] and the 
 - `recommended`: pdADMM-G with `preset="recommended"` (steps of the best length, ρ = 0.1, torch's initial weights), 60
   sweeps per stage. Its ρ and μ per stage were chosen by validation accuracy. The 2- and 5-layer rows of the table are
   the first stages of the same runs.
-- `q32`, `q16-both`, `q8-both`, `q4-both`: the first stage of `recommended`, with P and Q on a grid of that many bits;
-  32 is float32 without a grid. `q8-q` etc.: Q only.
 - `logistic`: logistic regression (scikit-learn), its penalty by validation accuracy. `adam`: a 2-layer MLP, Adam on
   the cross-entropy with weight decay 5e-4, 200 steps on all training nodes.
 
@@ -38,9 +36,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from meters import print_table
 from torch import Tensor, nn
 
-from lightning_bcd import MLP, PDADMMG, PDADMMGQ, GrowLayers, LiftedModule, PlanetoidDataModule
-from lightning_bcd.lifted.quantized import GridCodec
-from lightning_bcd.prox.penalties import UniformGrid
+from lightning_bcd import MLP, PDADMMG, GrowLayers, LiftedModule, PlanetoidDataModule
 
 #: (ρ, μ) of each stage of growth, as published.
 PUBLISHED = {
@@ -49,9 +45,7 @@ PUBLISHED = {
 }
 #: μ of each stage with ρ of the preset, by validation accuracy.
 RECOMMENDED = (5.0, 0.3, 0.03)
-BITS = {f"q{bits}-{which}": (bits, which) for bits in (16, 8, 4) for which in ("both", "q")}
-QUANTIZED = ("q32", *BITS)
-ROWS = ("published", "recommended", "logistic", "adam", *QUANTIZED)
+ROWS = ("published", "recommended", "logistic", "adam")
 STAGES = (2, 5, 10)
 EVALUATE_EVERY = 10
 
@@ -135,20 +129,13 @@ def train(
 
 
 def run_grown(options: argparse.Namespace, name: str, row: str, data: PlanetoidDataModule) -> dict[str, Any]:
-    """`published`, `recommended`, or a quantised row."""
+    """`published` or `recommended`."""
     if row == "recommended":
         algorithms = [PDADMMG(preset="recommended", mu=mu) for mu in RECOMMENDED]
         curve, peaks = train(options, data, algorithms, options.recommended_sweeps)
-    elif row == "published":
+    else:
         algorithms = [PDADMMG(preset="reference", rho=rho, mu=mu) for rho, mu in PUBLISHED[name]]
         curve, peaks = train(options, data, algorithms, options.sweeps, std=0.1)
-    else:
-        grid: dict[str, Any] = {}
-        if row in BITS:
-            grid["bits"], grid["quantize"] = BITS[row]
-        kind = PDADMMGQ if row in BITS else PDADMMG
-        algorithms = [kind(preset="recommended", mu=RECOMMENDED[0], **grid)]
-        curve, peaks = train(options, data, algorithms, options.recommended_sweeps)
     return {"curve": curve.points, "peaks": peaks}
 
 
@@ -193,9 +180,7 @@ def run(options: argparse.Namespace, name: str, row: str, seed: int) -> dict[str
         found = run_adam(options, data)
     else:
         found = run_grown(options, name, row, data)
-    samples = len(data.train_set)
-    sizes = {"graph": name, "row": row, "seed": seed, "entries": samples * options.width}
-    return sizes | found | {"threads": options.threads}
+    return {"graph": name, "row": row, "seed": seed} | found | {"threads": options.threads}
 
 
 def peak_bytes() -> int:
@@ -225,39 +210,20 @@ def line(title: str, results: list[dict[str, Any]], stage: int) -> list[str]:
     ]
 
 
-def bytes_per_boundary(row: str, entries: int) -> tuple[int, int]:
-    """Bytes that P and Q of a boundary take on the wire in one sweep."""
-    if row == "q32":
-        return 4 * entries, 4 * entries
-    bits, which = BITS[row]
-    packed = GridCodec(UniformGrid(0.0, 1.0, 2**bits)).size(entries)
-    return (packed if which == "both" else 4 * entries), packed
-
-
-def tables(results: list[dict[str, Any]]) -> None:
-    """Print the tables of all results."""
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the table of all results."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda r: (r["graph"] != "cora", ROWS.index(r["row"]), r["seed"])):
         groups.setdefault((result["graph"], result["row"]), []).append(result)
     head = ["graph", "method", "seeds", "test at the end", "test at best validation", "best validation"]
     table = [[*head, "seconds since the start", "peak memory, MB"]]
-    quantized = [["graph", "P and Q", "seeds", *head[3:5], "bytes per boundary and sweep (P + Q)", "of float32"]]
     for (_, row), members in groups.items():
-        if row in QUANTIZED:
-            found = line(row, members, 0)
-            entries = members[0]["entries"]
-            size = sum(bytes_per_boundary(row, entries))
-            title = "float32" if row == "q32" else f"{BITS[row][0]} bits, {BITS[row][1]}"
-            share = f"{size / (8 * entries):.3f}"
-            quantized.append([found[0], title, *found[2:5], f"{size:,}", share])
-        elif row in ("published", "recommended"):
+        if row in ("published", "recommended"):
             stages = enumerate(STAGES[: len(members[0]["peaks"])])
             table += [line(f"pdADMM-G, {row}, {layers} layers", members, stage) for stage, layers in stages]
         else:
             table.append(line({"logistic": "logistic regression", "adam": "2-layer MLP, Adam"}[row], members, 0))
-    for rows in (table, quantized):
-        if len(rows) > 1:
-            print_table(rows)
+    print_table(table)
 
 
 def parse() -> argparse.Namespace:
@@ -293,7 +259,7 @@ def main() -> None:
                     continue
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                     file.write_text(json.dumps(pool.submit(run, options, name, row, seed).result()))
-    tables([json.loads(path.read_text()) for path in sorted(options.output.glob("*.json"))])
+    show([json.loads(path.read_text()) for path in sorted(options.output.glob("*.json"))])
 
 
 if __name__ == "__main__":

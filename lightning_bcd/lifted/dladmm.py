@@ -30,7 +30,7 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class DLADMM(Accelerated, AlternatingDirections):
+class DLADMM(AlternatingDirections, Accelerated):
     """dlADMM (Wang, Yu, Chen, Zhao, KDD 2019, Algorithm 1).
 
     Work per sweep: 4 M_1 + 8 Σ_{l≥2} M_l FLOPs with M_l = 2 d_l d_{l-1} N; the products A_{l-1} W_lᵀ are held, so that

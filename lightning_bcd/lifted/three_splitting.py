@@ -32,7 +32,7 @@ PENALISED_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreeSplitting(Accelerated, Splitting):
+class ThreeSplitting(Splitting, Accelerated):
     """Three-splitting BCD (Zeng, Lau, Lin, Yao, ICML 2019, Algorithm 2).
 
     With γ, α > 0 and `update="proximal"` on linear layers every sub-problem is solved exactly and the objective never
