@@ -290,6 +290,36 @@ def test_a_lost_process_ends_the_other_and_the_last_checkpoint_goes_on_exactly(t
     assert same(weights(resumed.network), weights(whole.network))
 
 
+class FallSilent(Callback):
+    """Process 1 lives on, but says nothing before the third sweep."""
+
+    began = 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            if trainer.global_rank == 1:
+                time.sleep(16)
+                raise KeyboardInterrupt
+            self.began = time.monotonic()
+
+
+def silent(rank, directory):
+    silence, model = FallSilent(), module(PDADMM(rho=0.5))
+    strategy = LayerParallelStrategy(timeout=timedelta(seconds=6))
+    try:
+        layered(silence, max_epochs=6, strategy=strategy).fit(model, full_batch(samples()))
+    except (RuntimeError, SystemExit) as error:
+        return str(error), time.monotonic() - silence.began, model.sweeps
+    return None
+
+
+def test_a_silent_process_counts_as_lost_after_the_timeout(tmp_path):
+    message, seconds, sweeps = run_processes(silent, tmp_path)[0]
+    assert message.startswith("Lost a process that holds other layers: it ended, or was silent for longer than the")
+    assert 5 < seconds < 14
+    assert sweeps == 2
+
+
 # -- groups -------------------------------------------------------------------------------------------------------
 
 
