@@ -1,8 +1,8 @@
 """pdADMM-G-Q: bytes between layers and test accuracy with P and Q of 32, 16, 8 and 4 bits, on Cora and MNIST.
 
 `--sweeps` sweeps of `PDADMMGQ(preset="recommended")` in full batches; "32 bits" is PDADMMG, float32 without a grid.
-The grid runs from the smallest to the largest Q of the first forward pass. Bytes are those on the wire of one boundary
-in one sweep: P in one direction, Q in the other. Networks of 2 layers, `--width` wide, on [X, ÂX, … Â⁴X] of Cora and on
+The grid spans three times the range of Q in the first forward pass. Bytes are those on the wire of one boundary in one
+sweep: P in one direction, Q in the other. Networks of 2 layers, `--width` wide, on [X, ÂX, … Â⁴X] of Cora and on
 `--samples` training images of MNIST. Accuracy is that at the end, mean and standard deviation over seeds.
 """
 

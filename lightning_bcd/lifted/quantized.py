@@ -33,8 +33,8 @@ class PDADMMGQ(PDADMMG):
     Args:
         quantize: Which variables take values of the grid: `"p"`, `"q"` or `"both"`.
         grid: (low, high, levels), with at most 65,536 levels; the paper's Δ = {−1, 0, …, 20} is (−1, 20, 22).
-        bits: Instead of `grid`: 2^bits levels between the smallest and the largest Q of the first forward pass. 8 if
-            neither is given.
+        bits: Instead of `grid`: 2^bits levels over three times the range of Q in the first forward pass, which lies in
+            the middle. 8 if neither is given.
 
     The other arguments are those of `PDADMMG`.
 
@@ -70,7 +70,9 @@ class PDADMMGQ(PDADMMG):
             q = state.variables["q"]
             mine = torch.stack([torch.stack([t.min() for t in q]).min(), torch.stack([t.max() for t in q]).max()])
             low, high = comm.extremes(mine).double().unbind()
-            state.velocity["grid"] = torch.stack([low, torch.where(high > low, high, low + 1)])
+            span = torch.where(high > low, high - low, torch.ones_like(low))
+            # Room on both sides: weights grow, and P has negative entries where Q has none.
+            state.velocity["grid"] = torch.stack([low - span, low + 2 * span])
         for name in self._snapped:
             for tensor in state.variables[name]:
                 tensor.copy_(self.snap(name, tensor, state))
