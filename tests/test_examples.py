@@ -45,6 +45,7 @@ SCRIPTS = {
         ["--data-dir", str(MNIST), "--samples", "1500", "--hidden", "60", "60", "--sweeps", "4"],
         r"test_acc +│ +0\.[5-9]\d+(.|\n)*stage \S+: Z − P",
     ),
+    "hybrid_two_layer.py": (["--epochs", "3"], r"epoch 2: hybrid \d\.\d+e[+-]\d+, gradient descent"),
     "cora_ga_mlp.py": (
         ["--data-dir", str(PLANETOID), "--sweeps", "4", "--width", "30"],
         r"test_acc +│ +0\.[2-9]",
@@ -112,6 +113,10 @@ BENCHMARKS = {
         ],
         r"\| mnist \| 4 \| 1 \| 0\.\d+ \| 6,000 \| 0\.125 \|",
     ),
+    "hybrid.py": (
+        ["--widths", "8", "--seeds", "1", "--epochs", "3", "--inputs", "20", "--dw", "1.0", "--most", "20"],
+        r"\| 8 (.|\n)*hybrid",
+    ),
     "mdlam_graph.py": (
         [
             *("--data-dir", str(PLANETOID), "--graphs", "cora", "--seeds", "0", "--sweeps", "12", "--width", "20"),
@@ -127,7 +132,7 @@ BENCHMARKS = {
 }
 CONFIGS = [
     *("digits.yaml", "greedy.yaml", "manual.yaml", "lifted.yaml"),
-    *("dladmm.yaml", "mdlam.yaml", "pdadmm.yaml", "pdadmm_gq.yaml"),
+    *("dladmm.yaml", "mdlam.yaml", "pdadmm.yaml", "pdadmm_gq.yaml", "tikhonov.yaml"),
 ]
 
 

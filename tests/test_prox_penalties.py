@@ -7,6 +7,7 @@ import torch
 
 from lightning_bcd.prox import (
     L1,
+    Ball,
     Box,
     ElasticNet,
     GroupLasso,
@@ -29,9 +30,9 @@ SEPARABLE = [
     (Box(-0.5, 2.0), lambda w: torch.where((w >= -0.5) & (w <= 2.0), 0.0, math.inf)),
     (Box(1.0, math.inf), lambda w: torch.where(w >= 1.0, 0.0, math.inf)),
 ]
-MATRIX = [GroupLasso(0.8), GroupLasso(0.8, dim=0), GroupLasso(0.0), RowSparse(2), UniformGrid(-1.0, 2.0, 7)]
+MATRIX = [Ball(1.5), GroupLasso(0.8), GroupLasso(0.8, dim=0), GroupLasso(0.0), RowSparse(2), UniformGrid(-1.0, 2.0, 7)]
 ALL = [penalty for penalty, _ in SEPARABLE] + MATRIX
-CONSTRAINTS = [NonNegative(), Box(-0.5, 2.0), Box(0.1, 0.7), RowSparse(2), UniformGrid(-1.0, 2.0, 1000)]
+CONSTRAINTS = [NonNegative(), Ball(1.5), Box(-0.5, 2.0), Box(0.1, 0.7), RowSparse(2), UniformGrid(-1.0, 2.0, 1000)]
 each = {"ids": repr}
 
 
@@ -188,6 +189,8 @@ def test_group_penalties_refuse_vectors(penalty):
         (lambda: ElasticNet(0.1, -1.0), "l2"),
         (lambda: Box(1.0, 1.0), "low"),
         (lambda: Box(math.nan, 1.0), "low"),
+        (lambda: Ball(0.0), "radius"),
+        (lambda: Ball(math.inf), "radius"),
         (lambda: GroupLasso(-1.0), "weight"),
         (lambda: GroupLasso(1.0, dim=2), "dim"),
         (lambda: RowSparse(0), "rows"),

@@ -141,6 +141,8 @@ class LiftedAlgorithm(ABC):
     temporaries: ClassVar[int] = 16
     #: Whether processes may hold different layers, see `LayerParallelStrategy`.
     layer_parallel: ClassVar[bool] = False
+    #: Whether stages may read several earlier ones, see `DenseReLU`.
+    several_inputs: ClassVar[bool] = False
     #: Preset → values for arguments left at None; those of "paper" apply without a preset, and after one.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -170,10 +172,18 @@ class LiftedAlgorithm(ABC):
                     f"Expected weight and bias of stage '{stage.name}' to be both trained or both frozen, but one has "
                     "requires_grad=False. Freeze or unfreeze both."
                 )
+            if stage.sources is not None and not self.several_inputs:
+                raise ValueError(
+                    f"Expected the stages of a network for {type(self).__name__} to read the one before, but stage "
+                    f"'{stage.name}' reads several. Use TikhonovBCD, or DenseReLU(connections='chain')."
+                )
 
     @abstractmethod
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
         """Update every block once and report the objective after it."""
+
+    def finish(self, chain: Chain, state: LiftedState, comm: Communicator) -> None:  # noqa: B027  # a hook
+        """What is left to do when training ends."""
 
     @abstractmethod
     def objective(self, chain: Chain, state: LiftedState, loss: Loss) -> Tensor:

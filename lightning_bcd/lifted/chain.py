@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_bcd.lifted.layers import Abs, Residual, Sign
+from lightning_bcd.lifted.layers import Abs, DenseReLU, Residual, Sign
 from lightning_bcd.prox import activations as sigma
 from lightning_bcd.prox.activations import Activation
 
@@ -57,6 +57,8 @@ class Stage:
         before: Fixed linear maps in front of the operator (Flatten, AvgPool2d).
         after: Fixed linear maps between operator and activation.
         residual: Whether the stage's input is added to its output.
+        sources: The stages whose outputs, side by side, are the input; 0 is the network's input, 1 the output of the
+            first stage. None: the stage before alone.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Stage:
     before: Sequence[nn.Module] = ()
     after: Sequence[nn.Module] = ()
     residual: bool = False
+    sources: tuple[int, ...] | None = None
 
     @property
     def dense(self) -> bool:
@@ -84,6 +87,10 @@ class Stage:
     def bias(self) -> Tensor | None:
         """b, or None."""
         return self.operator.bias
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """The input of the stage among the network's input and the outputs of the stages before."""
+        return values[-1] if self.sources is None else torch.cat([values[m].flatten(1) for m in self.sources], dim=1)
 
     def prepare(self, v: Tensor) -> Tensor:
         """Apply the fixed maps in front of the operator."""
@@ -160,8 +167,8 @@ class Stage:
 class Chain:
     """The stages of a network, first to last.
 
-    Reads nested `nn.Sequential` of `nn.Linear`, `nn.Conv2d`, `nn.Flatten`, `nn.AvgPool2d`, activations and
-    `Residual`. Fixed linear maps join the operator behind them (or, at the end of a stage, the one before).
+    Reads `DenseReLU`, or nested `nn.Sequential` of `nn.Linear`, `nn.Conv2d`, `nn.Flatten`, `nn.AvgPool2d`, activations
+    and `Residual`. Fixed linear maps join the operator behind them (or, at the end of a stage, the one before).
 
     Args:
         network: The network; its parameters are shared, not copied.
@@ -204,21 +211,24 @@ class Chain:
     @torch.no_grad()
     def forward(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (U_l, V_l) of a forward pass, stage by stage; the last V equals the output."""
-        v = x
+        values, several = [x], any(stage.sources is not None for stage in self.stages)
         for stage in self.stages:
+            v = stage.join(values)
             u = stage.forward(v)
             out = stage.activation(u)
-            v = v + out if stage.residual else out
-            yield u, v
+            out = v + out if stage.residual else out
+            values = [*values, out] if several else [out]  # what nobody reads again is not kept
+            yield u, out
 
     def check_input(self, x: Tensor) -> None:
         """Raise a ValueError that names the stage if one sample of x does not fit through the chain."""
-        v = x[:1]
+        values = [x[:1]]
         for stage in self.stages:
+            v = stage.join(values)
             shape = tuple(v.shape[1:])
             try:
                 u = stage.forward(v)
-                v = v + stage.activation(u) if stage.residual else stage.activation(u)
+                values.append(v + stage.activation(u) if stage.residual else stage.activation(u))
             except RuntimeError as error:
                 raise ValueError(
                     f"Expected samples that fit stage '{stage.name}' ({stage.operator}), but got shape {shape} there. "
@@ -263,6 +273,8 @@ class _Reader:
                 self._walk(child, f"{name}.{key}" if name else key)
         elif isinstance(module, Residual):
             self._read_residual(module, name)
+        elif isinstance(module, DenseReLU):
+            self._read_dense(module, name)
         elif type(module) in (nn.Linear, nn.Conv2d) and not any(True for _ in module.children()):
             assert isinstance(module, nn.Linear | nn.Conv2d)
             self._close(sigma.Identity())
@@ -305,6 +317,16 @@ class _Reader:
         # A final flatten or pool after the last operator, or before the next one, is the same linear map.
         self.stages.append(Stage(self.name, self.operator, activation, tuple(self.before), tuple(self.after), residual))
         self.operator, self.before, self.after = None, [], []
+
+    def _read_dense(self, module: DenseReLU, name: str) -> None:
+        if name or self.stages:
+            raise ValueError(f"Expected DenseReLU '{name}' to be the whole network, but there are modules around it.")
+        for index, (sources, linear) in enumerate(zip(module.sources, module.hidden, strict=True)):
+            assert isinstance(linear, nn.Linear)
+            joined = None if sources == [index] else tuple(sources)
+            before = () if index else (nn.Flatten(),)
+            self.stages.append(Stage(f"hidden.{index}", linear, sigma.ReLU(), before, sources=joined))
+        self.operator, self.name = module.output, "output"
 
     def _read_residual(self, module: Residual, name: str) -> None:
         self._close(sigma.Identity())

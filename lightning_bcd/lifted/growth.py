@@ -41,7 +41,7 @@ def check_growth(chain: Chain, layers: int) -> None:
     for previous, stage in zip(chain.stages[layers - 2 : -2], chain.stages[layers - 1 : -1], strict=True):
         operator = stage.operator
         square = isinstance(operator, nn.Linear) and operator.in_features == operator.out_features
-        if not (square and stage.dense) or stage.residual:
+        if not (square and stage.dense) or stage.residual or stage.sources is not None:
             raise ValueError(
                 f"Expected stage '{stage.name}' to be a square nn.Linear without skip connection, because it is "
                 f"appended as an identity, but got {operator}{' in a Residual' if stage.residual else ''}. Give all "

@@ -1,10 +1,12 @@
-"""Modules for lifted networks that torch does not have: skip connections, sign, absolute value."""
+"""Modules for lifted networks that torch does not have: skip and dense connections, sign, absolute value."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -102,3 +104,63 @@ class MLP(nn.Sequential):
                 stage.append(ACTIVATIONS[activation]())
             modules += [Residual(*stage)] if residual and fan_in == fan_out else stage
         super().__init__(*modules)
+
+
+class DenseReLU(nn.Module):
+    """A ReLU network whose layers read the outputs of several earlier layers; without biases.
+
+        u_0 = x,   u_n = max(0, Σ_{m∈M_n} W_{n,m} u_m),   output V u_N
+
+    The W_{n,m} of a layer lie side by side in one `nn.Linear`, in the order of M_n (Zhang and Brand, Convergent block
+    coordinate descent for training Tikhonov regularized deep neural networks, NIPS 2017, Section 3).
+
+    Args:
+        widths: Features of the input, of each hidden layer, and outputs.
+        connections: M_n: `"dense"`, all layers before n, the input is 0; `"chain"`, n − 1 alone; or a list of them,
+            one per hidden layer, e.g. `[[0], [0, 1], [1, 2]]`.
+
+    Raises:
+        ValueError: If there are fewer than three widths, or a layer reads none, itself, or a later one.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bcd import DenseReLU
+        >>> DenseReLU([4, 8, 8, 3])(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, widths: Sequence[int], connections: Literal["dense", "chain"] | Sequence[Sequence[int]] = "dense"
+    ) -> None:
+        super().__init__()
+        if len(widths) < 3 or min(widths) < 1:
+            raise ValueError(
+                f"Expected argument `widths` to be at least three positive integers, but got {list(widths)}. Give the "
+                "input size, the hidden sizes and the number of outputs, e.g. [784, 300, 300, 10]."
+            )
+        layers = range(1, len(widths) - 1)
+        named = {"dense": [list(range(n)) for n in layers], "chain": [[n - 1] for n in layers]}
+        self.sources = (
+            named.get(connections, []) if isinstance(connections, str) else [list(sources) for sources in connections]
+        )
+        if len(self.sources) != len(layers) or not all(
+            sources and sorted({m for m in sources if 0 <= m < layer}) == sources
+            for layer, sources in zip(layers, self.sources, strict=True)
+        ):
+            raise ValueError(
+                f"Expected argument `connections` to be 'dense', 'chain', or {len(layers)} lists of rising numbers, "
+                f"each of layers before its own (0 is the input), but got {connections!r}. Give e.g. [[0], [0, 1]]."
+            )
+        self.hidden = nn.ModuleList(
+            nn.Linear(sum(widths[m] for m in sources), widths[n], bias=False)
+            for n, sources in zip(layers, self.sources, strict=True)
+        )
+        self.output = nn.Linear(widths[-2], widths[-1], bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return V u_N, N × outputs."""
+        values = [x.flatten(1)]
+        for sources, linear in zip(self.sources, self.hidden, strict=True):
+            values.append(torch.relu(linear(torch.cat([values[m] for m in sources], dim=1))))
+        out: Tensor = self.output(values[-1])
+        return out

@@ -182,6 +182,8 @@ class LiftedModule(LiftedEvaluation):
     def on_train_end(self) -> None:
         """Leave every process with the weights of all layers."""
         self.share_weights()
+        if self._state is not None:
+            self.algorithm.finish(self.chain, self._current(), self.communicator)
 
     def reset_auxiliary(self) -> None:
         """Forget the auxiliary variables and free their memory; the next sweep starts from a forward pass."""

@@ -56,7 +56,40 @@ GROWING = Growing(activation=6.0, linear=6.0, last=3000.0, proximal=0.003)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Splitting(LiftedAlgorithm):
+class Penalised(LiftedAlgorithm):
+    """An algorithm with penalties or constraints on the weights.
+
+    Args:
+        weight_penalty: r(W): one `Penalty` for all stages, or one per stage.
+    """
+
+    weight_penalty: Penalty | Sequence[Penalty] | None = None
+
+    def weight_penalties(self, depth: int) -> list[Penalty]:
+        """One penalty per stage."""
+        given = self.weight_penalty
+        if given is None or isinstance(given, Penalty):
+            return [given or NoPenalty()] * depth
+        if len(given) != depth:
+            raise ValueError(
+                f"Expected argument `weight_penalty` to be one penalty or {depth}, one per stage, but got "
+                f"{len(given)}. Use NoPenalty() for stages without."
+            )
+        return list(given)
+
+    @staticmethod
+    def penalty_of(stage: Stage, penalty: Penalty, weight: Tensor) -> Tensor:
+        """r(W) of a stage."""
+        return torch.stack([penalty.value(block) for block in stage.blocks(weight)]).sum()
+
+    def penalties_on_weights(self, chain: Chain) -> Tensor:
+        """r(W_l) of every stage."""
+        pairs = zip(chain, self.weight_penalties(len(chain)), strict=True)
+        return torch.stack([self.penalty_of(stage, penalty, stage.weight) for stage, penalty in pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitting(Penalised):
     """Hyperparameters of a penalty splitting; see the algorithms themselves.
 
     Args:
@@ -82,7 +115,6 @@ class Splitting(LiftedAlgorithm):
     alpha: Schedule | None = None
     fit_weight: float | None = None
     target_scale: float | None = None
-    weight_penalty: Penalty | Sequence[Penalty] | None = None
     activation_penalty: Penalty | None = None
     bias_update: BiasUpdate | None = None
     reduction: Literal["sum", "mean"] | None = None
@@ -112,28 +144,6 @@ class Splitting(LiftedAlgorithm):
     def numbers(self, name: str, sweep: int, depth: int) -> list[float]:
         """One value of `gamma`, `rho` or `alpha` per stage in this sweep."""
         return self._validate(name, per_layer(name, getattr(self, name), sweep, depth))
-
-    def weight_penalties(self, depth: int) -> list[Penalty]:
-        """One penalty per stage."""
-        given = self.weight_penalty
-        if given is None or isinstance(given, Penalty):
-            return [given or NoPenalty()] * depth
-        if len(given) != depth:
-            raise ValueError(
-                f"Expected argument `weight_penalty` to be one penalty or {depth}, one per stage, but got "
-                f"{len(given)}. Use NoPenalty() for stages without."
-            )
-        return list(given)
-
-    @staticmethod
-    def penalty_of(stage: Stage, penalty: Penalty, weight: Tensor) -> Tensor:
-        """r(W) of a stage."""
-        return torch.stack([penalty.value(block) for block in stage.blocks(weight)]).sum()
-
-    def penalties_on_weights(self, chain: Chain) -> Tensor:
-        """r(W_l) of every stage."""
-        pairs = zip(chain, self.weight_penalties(len(chain)), strict=True)
-        return torch.stack([self.penalty_of(stage, penalty, stage.weight) for stage, penalty in pairs])
 
     def scale_targets(self, y: Tensor) -> Tensor:
         """`target_scale` times y."""

@@ -27,6 +27,7 @@ from lightning_bcd.prox.losses import (
 )
 from lightning_bcd.prox.penalties import (
     L1,
+    Ball,
     Box,
     ElasticNet,
     GroupLasso,
@@ -43,6 +44,7 @@ __all__ = [
     "L1",
     "Abs",
     "Activation",
+    "Ball",
     "Box",
     "ClippedReLU",
     "CrossEntropyLoss",

@@ -176,6 +176,38 @@ class Box(Penalty):
 
 
 @dataclass(frozen=True)
+class Ball(Penalty):
+    """The constraint ‖w‖ ≤ radius, in the Euclidean (Frobenius) norm of the whole tensor.
+
+    Args:
+        radius: Above 0.
+
+    Raises:
+        ValueError: If the radius is not positive and finite.
+    """
+
+    radius: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.radius < math.inf:
+            raise ValueError(
+                f"Expected argument `radius` to be positive and finite, but got {self.radius}. Choose another value."
+            )
+
+    def value(self, w: Tensor) -> Tensor:
+        """Return 0 if ‖w‖ is at most the radius, infinity otherwise."""
+        return _indicator(w.norm() > self._limit(w))
+
+    def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
+        """Return v, shortened to the radius where it is longer."""
+        norm = v.norm()
+        return torch.where(norm > self._limit(v), v * (self.radius / norm), v)
+
+    def _limit(self, w: Tensor) -> float:
+        return self.radius * (1 + 8 * torch.finfo(w.dtype).eps)
+
+
+@dataclass(frozen=True)
 class GroupLasso(Penalty):
     """h(w) = weight Σ_g ‖w_g‖₂ over the rows or the columns of w; whole groups become 0.
 
