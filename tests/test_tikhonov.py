@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scipy.optimize import minimize, nnls
 from toolbox import run_processes, same, trainer, weights
 from torch import nn
@@ -379,6 +380,18 @@ def test_the_svm_of_two_classes_fills_both_outputs():
         assert (predicted.numpy() == svm.predict(features.numpy())).all()
 
 
+def test_the_svm_needs_scikit_learn_and_all_samples(monkeypatch):
+    pytest.importorskip("sklearn", reason="the classifier is scikit-learn's")
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*labelled()), batch_size=20)
+    model = module(algorithm={"classifier": "svm"})
+    with pytest.raises(MisconfigurationException, match=r"one batch .* of TikhonovBCD, but got 3 batches"):
+        trainer(max_epochs=1).fit(model, batches)
+    assert model.sweeps == 0
+    monkeypatch.setattr(tikhonov, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn to be installed .* pip install"):
+        TikhonovBCD(classifier="svm")
+
+
 def shared(rank, directory):
     init_process_group("gloo")
     found = {}
@@ -390,7 +403,7 @@ def shared(rank, directory):
         value = [float(algorithm.sweep(chain, state, loss, comm).objective) for _ in range(5)][-1]
         found[loss_name] = value, [stage.weight.detach() for stage in chain]
     try:
-        TikhonovBCD(classifier="svm").finish(chain, state, comm)
+        begin(TikhonovBCD(classifier="svm"), network(), x, y, loss, comm)
     except ValueError as error:
         found["refused"] = str(error)
     return found

@@ -182,6 +182,11 @@ class LiftedAlgorithm(ABC):
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
         """Update every block once and report the objective after it."""
 
+    @property
+    def needs_full_batch(self) -> bool:
+        """Whether all samples must come as one batch that stays."""
+        return False
+
     def finish(self, chain: Chain, state: LiftedState, comm: Communicator) -> None:  # noqa: B027  # a hook
         """What is left to do when training ends."""
 

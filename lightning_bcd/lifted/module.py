@@ -146,6 +146,11 @@ class LiftedModule(LiftedEvaluation):
                 f"Expected one training batch per epoch with persist=True, but got {batches}: auxiliary variables "
                 "belong to fixed samples. Use full_batch(train_set), or persist='auto' for the online mode."
             )
+        if self.algorithm.needs_full_batch and not self._persists:
+            raise MisconfigurationException(
+                f"Expected all samples in one batch with these arguments of {type(self.algorithm).__name__}, but got "
+                f"{batches} batches. Use full_batch(train_set)."
+            )
         if self.device.type == "mps":
             raise MisconfigurationException(
                 "Expected Trainer argument `accelerator` to be 'cpu' or 'gpu' with LiftedModule, but got 'mps', which "

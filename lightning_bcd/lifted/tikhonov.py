@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -65,6 +66,7 @@ class TikhonovBCD(Penalised):
 
     Raises:
         ValueError: If an argument is out of range.
+        ModuleNotFoundError: If `classifier="svm"` and scikit-learn is not installed.
     """
 
     preset: Literal["reference"] | None = None
@@ -99,8 +101,18 @@ class TikhonovBCD(Penalised):
             raise ValueError(f"Expected argument `iterations` to be at least 1, but got {self.iterations}. Use 50.")
         if not 0 < (self.svm_c or 0) < math.inf:
             raise ValueError(f"Expected argument `svm_c` to be positive and finite, but got {self.svm_c}. Use 1.")
+        if self.classifier is not None and find_spec("sklearn") is None:
+            raise ModuleNotFoundError(
+                "Expected scikit-learn to be installed with TikhonovBCD(classifier='svm'). Run: pip install "
+                "scikit-learn."
+            )
         if not callable(self.gamma) and isinstance(self.gamma, int | float):
             positive("gamma", per_layer("gamma", self.gamma, 0, 1))
+
+    @property
+    def needs_full_batch(self) -> bool:
+        """Whether an SVM will be fitted to all samples."""
+        return self.classifier is not None
 
     @property
     def descends(self) -> bool:
@@ -160,6 +172,21 @@ class TikhonovBCD(Penalised):
         for layer, (_, u) in enumerate(chain.forward(x)):
             yield {"u": u} if layer < len(chain) - 1 else {}
 
+    def start(
+        self, chain: Chain, x: Tensor, y: Tensor, comm: Communicator, velocity: dict[str, Tensor] | None = None
+    ) -> LiftedState:
+        """Initialise U by a forward pass.
+
+        Raises:
+            ValueError: If several processes share the samples that an SVM needs.
+        """
+        if self.classifier is not None and comm.size > 1:
+            raise ValueError(
+                f"Expected argument `classifier` to be None with {comm.size} processes, but got 'svm': it needs all "
+                "samples in one place. Refit the last layer after training."
+            )
+        return super().start(chain, x, y, comm, velocity)
+
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
         """Update U, V and W once (Algorithm 1 of [1])."""
         with precise(state.x.device):
@@ -183,26 +210,11 @@ class TikhonovBCD(Penalised):
             return total + self.penalties_on_weights(chain).sum()
 
     def finish(self, chain: Chain, state: LiftedState, comm: Communicator) -> None:
-        """Replace V by LinearSVC on the features of a forward pass, with `classifier="svm"`.
-
-        Raises:
-            ModuleNotFoundError: If scikit-learn is not installed.
-            ValueError: If several processes share the samples.
-        """
+        """Replace V by LinearSVC on the features of a forward pass, with `classifier="svm"`."""
         if self.classifier != "svm":
             return
-        if comm.size > 1:
-            raise ValueError(
-                f"Expected argument `classifier` to be None with {comm.size} processes, but got 'svm': it needs all "
-                "samples in one place. Refit the last layer after training."
-            )
-        try:
-            from sklearn.svm import LinearSVC
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Expected scikit-learn to be installed with TikhonovBCD(classifier='svm'). Run: pip install "
-                "scikit-learn."
-            ) from error
+        from sklearn.svm import LinearSVC
+
         *_, (_, features), (output, _) = chain.forward(state.x)
         single = output.shape[1] == 1
         labels = (state.y[:, 0] > state.y.mean()) if single else state.y.argmax(1)
