@@ -459,6 +459,21 @@ def test_a_sweep_multiplies_no_more_than_announced(kind):
         assert 0.99 * wanted <= counter.get_total_flops() <= (1.15 if kind is PDADMMGQ else 1) * wanted
 
 
+@pytest.mark.parametrize(("restart_every", "momentum"), [(1, 0.0), (1, 0.9), (None, 0.9)])
+def test_restarts_and_momentum_take_one_product_per_layer(restart_every, momentum):
+    widths, samples = (12, 17, 9, 13, 4), 50
+    x, y, loss = problem(samples, widths[0], widths[-1])
+    chain, state = begin(
+        algorithm := DLADMM(rho=0.5, restart_every=restart_every, momentum=momentum), network(widths), x, y, loss
+    )
+    first, *others = products(widths, samples)
+    for sweep in range(3):
+        with FlopCounterMode(display=False) as counter:
+            algorithm.sweep(chain, state, loss, Alone())
+        wanted = 4 * first + 8 * sum(others) + (first + sum(others) if sweep else 0)
+        assert 0.99 * wanted <= counter.get_total_flops() <= wanted
+
+
 def moved(algorithm, sweeps=20):
     x, y, loss = problem(40, 6, 3)
     net = network((6, 8, 5, 3))

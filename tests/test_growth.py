@@ -12,6 +12,7 @@ from lightning_bcd import (
     PDADMM,
     PDADMMG,
     PDADMMGQ,
+    DenseReLU,
     LayerParallelStrategy,
     LiftedModule,
     ResidualSplitting,
@@ -19,7 +20,7 @@ from lightning_bcd import (
     full_batch,
 )
 from lightning_bcd.lifted.chain import Chain
-from lightning_bcd.lifted.growth import GrowLayers, keeps, renew, shallow_chain
+from lightning_bcd.lifted.growth import GrowLayers, check_growth, keeps, renew, shallow_chain
 from lightning_bcd.prox import activations as sigma
 
 FEATURES, WIDTH, OUTPUTS, DEPTH = 6, 8, 3, 5
@@ -281,6 +282,13 @@ def test_networks_that_cannot_grow_are_refused(network, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(model, grow(stages=(2, 3, 5)), 1)
     assert same(weights(network), before)
+
+
+def test_a_layer_that_reads_another_than_the_one_before_does_not_grow():
+    chain = Chain(DenseReLU([8, 8, 8, 8, OUTPUTS], [[0], [0], [0]]))
+    with pytest.raises(ValueError, match=r"stage 'hidden\.2' to be a square"):
+        check_growth(chain, 3)
+    check_growth(Chain(DenseReLU([8, 8, 8, 8, OUTPUTS], "chain")), 3)
 
 
 def test_algorithms_that_do_not_suit_their_stage_are_refused_before_the_first_sweep():

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from toolbox import run_processes
+from toolbox import begin, run_processes
 from torch import nn
 from torch.distributed import init_process_group
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,12 +46,6 @@ def problem(samples, widths, loss="cross_entropy", seed=1):
     x = torch.randn(samples, widths[0], generator=generator, dtype=F64)
     loss = resolve_loss(loss)
     return x, loss.encode(torch.randint(widths[-1], (samples,), generator=generator), widths[-1], F64), loss
-
-
-def begin(algorithm, net, x, y, loss, comm=None):
-    chain = Chain(net)
-    algorithm.check(chain, loss)
-    return chain, algorithm.start(chain, x, y, comm or Alone())
 
 
 def violation(chain, state, epsilon):

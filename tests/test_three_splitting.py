@@ -1,13 +1,11 @@
-import weakref
 from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from toolbox import LiveBytes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_bcd.communicator import Alone
 from lightning_bcd.lifted.chain import Chain
@@ -489,39 +487,6 @@ def test_presets_fill_only_what_is_left_open():
     assert ThreeSplitting().alpha == 1.0
     reference = ThreeSplitting(preset="reference", alpha=1.0)
     assert (reference.alpha, reference.bias_update, reference.init) == (1.0, "reference", "reference")
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of storages that operations made and that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.users = {}  # address of a storage made here -> tensors that use it
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in self.users:
-                if address in given:  # a view of something older
-                    continue
-                self.users[address] = 0
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-            self.users[address] += 1
-            weakref.finalize(tensor, self._gone, address, storage.nbytes())
-        return result
-
-    def _gone(self, address, size):
-        self.users[address] -= 1
-        if self.users[address] == 0:
-            del self.users[address]
-            self.now -= size
 
 
 @pytest.mark.parametrize("update", ["proximal", "prox_linear"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scipy.optimize import minimize, nnls
-from toolbox import run_processes, same, trainer, weights
+from toolbox import LiveBytes, begin, run_processes, same, trainer, weights
 from torch import nn
 from torch.distributed import init_process_group
 
@@ -36,12 +36,6 @@ def problem(samples=30, widths=WIDTHS, loss="squared", seed=1):
     x = torch.randn(samples, widths[0], generator=generator, dtype=F64)
     loss = resolve_loss(loss)
     return x, loss.encode(torch.randint(widths[-1], (samples,), generator=generator), widths[-1], F64), loss
-
-
-def begin(algorithm, net, x, y, loss, comm=None):
-    chain = Chain(net)
-    algorithm.check(chain, loss)
-    return chain, algorithm.start(chain, x, y, comm or Alone())
 
 
 # -- the network ------------------------------------------------------------------------------------------------
@@ -309,6 +303,21 @@ def test_chunks_change_rounding_only(chunk_size):
         found.append([stage.weight.detach() for stage in chain])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss_name", "nonnegative"), [("squared", "exact"), ("squared", "project"), ("hinge", "exact")]
+)
+def test_a_sweep_takes_no_more_memory_than_announced(loss_name, nonnegative):
+    widths = (40, 40, 40, 4)
+    x, y, loss = problem(6000, widths, loss_name)
+    algorithm = TikhonovBCD(damping=0.1, nonnegative=nonnegative, iterations=5, chunk_size=256)
+    chain, state = begin(algorithm, network(widths), x, y, loss)
+    algorithm.sweep(chain, state, loss, Alone())
+    with LiveBytes() as live:
+        algorithm.sweep(chain, state, loss, Alone())
+    promised = algorithm.temporary_bytes(chain, x)
+    assert promised / 6 < live.peak < promised + 20 * 124**2 * 8  # sums over samples
 
 
 def test_frozen_layers_stay():

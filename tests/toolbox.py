@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bcd.communicator import Alone
+from lightning_bcd.lifted.chain import Chain
 
 FEATURES, CLASSES, HIDDEN = 6, 3, 8
 
@@ -207,3 +213,43 @@ def _process(rank: int, function: Callable[..., Any], directory: Path, world_siz
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def begin(algorithm, net, x, y, loss, comm=None):
+    """Chain and auxiliary variables of a lifted algorithm."""
+    chain = Chain(net)
+    algorithm.check(chain, loss)
+    return chain, algorithm.start(chain, x, y, comm or Alone())
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of storages that operations made and that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.users = {}  # address of a storage made here -> tensors that use it
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address not in self.users:
+                if address in given:  # a view of something older
+                    continue
+                self.users[address] = 0
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+            self.users[address] += 1
+            weakref.finalize(tensor, self._gone, address, storage.nbytes())
+        return result
+
+    def _gone(self, address, size):
+        self.users[address] -= 1
+        if self.users[address] == 0:
+            del self.users[address]
+            self.now -= size
