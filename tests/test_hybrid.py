@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_bcd import BCDModule, HybridCoordinateDescent
 from lightning_bcd.optim import piecewise
+from lightning_bcd.optim.hybrid import _top
 from lightning_bcd.optim.piecewise import minimise_pieces
 
 
@@ -92,6 +93,7 @@ def assert_beats_grid(net, closure, steps, grid):
 @pytest.mark.parametrize("samples", [1, 2, 7, 16])
 def test_pieces_beat_a_dense_grid_also_with_ties_zeros_and_dead_units(samples, limit, monkeypatch):
     monkeypatch.setattr(piecewise, "UNROLLED", limit)
+    monkeypatch.setattr(piecewise, "MANY", 0)
     x = torch.randint(-2, 3, (samples, 1, 12)).double() / 2  # many zeros, many equal breakpoints
     z = torch.randint(-3, 4, (samples, 6, 1)).double() / 2
     z[:, 0], z[:, 1] = -1.0, 1.0  # a dead unit, one that is active on all samples
@@ -114,6 +116,7 @@ def test_pieces_beat_a_dense_grid_also_with_ties_zeros_and_dead_units(samples, l
 def test_both_ways_to_sort_agree(monkeypatch):
     x, z = torch.randn(13, 1, 40).double(), torch.randn(13, 20, 1).double()
     terms = torch.rand(13, 20, 1).double(), torch.randn(13, 20, 1).double(), torch.randn(13, 20, 1).double()
+    monkeypatch.setattr(piecewise, "MANY", 0)
     unrolled = minimise_pieces(x, z, terms)
     monkeypatch.setattr(piecewise, "UNROLLED", 0)
     torch.testing.assert_close(minimise_pieces(x, z, terms), unrolled, rtol=1e-9, atol=1e-9)
@@ -317,6 +320,17 @@ def test_greedy_moves_the_coordinates_of_largest_gradient_only():
     top = gradient.abs().topk(7).indices
     assert set(steps.nonzero()[:, 0].tolist()) == set(top.tolist())
     torch.testing.assert_close(steps[top], everything[top])
+
+
+@pytest.mark.parametrize("count", [3, 4000, 60_000, 70_000])
+def test_greedy_finds_the_largest_of_many_gradients(count):
+    values = torch.rand(70_000)
+    values[::4] = 0.0  # what a sample of every fourth entry sees
+    for entries in (values, values.masked_fill(torch.arange(70_000) == 69_999, torch.nan), torch.zeros(70_000)):
+        found, where = _top(entries, count)
+        assert len(where.unique()) == count
+        torch.testing.assert_close(entries[where], found, equal_nan=True)
+        torch.testing.assert_close(found.sort().values, entries.topk(count).values.sort().values, equal_nan=True)
 
 
 LOSSES = {

@@ -216,15 +216,15 @@ class HybridCoordinateDescent(Optimizer):
     def _largest(self, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Return the flat positions of the `top_k` largest entries, per parameter."""
         assert self.top_k is not None
-        tops = [gradient.reshape(-1).abs().topk(min(self.top_k, gradient.numel())) for gradient in gradients.values()]
-        if not tops:
-            return {}
-        device = tops[0].values.device
-        values = torch.cat([top.values.to(device) for top in tops])
+        tops = [_top(gradient.view(-1).abs(), self.top_k) for gradient in gradients.values()]
+        if len(tops) < 2:
+            return dict(zip(gradients, (where for _, where in tops), strict=True))
+        device = tops[0][0].device
+        values = torch.cat([top.to(device) for top, _ in tops])
         kept = torch.zeros_like(values, dtype=torch.bool)
-        kept[values.topk(min(self.top_k, len(values))).indices] = True
-        parts = torch.split(kept, [len(top.values) for top in tops])
-        picked = [top.indices[part.to(top.indices.device)] for top, part in zip(tops, parts, strict=True)]
+        kept[_top(values, self.top_k)[1]] = True
+        parts = torch.split(kept, [len(top) for top, _ in tops])
+        picked = [where[part.to(where.device)] for (_, where), part in zip(tops, parts, strict=True)]
         return dict(zip(gradients, picked, strict=True))
 
     def _trials(self, parameter: nn.Parameter, closure: Callable[[], Any], value: float, dw: float) -> TrialSearch:
@@ -318,6 +318,21 @@ def _chunks(flat: Tensor, chosen: Tensor | None, size: int) -> Iterator[tuple[sl
     for start in range(0, len(flat), size):
         index = slice(start, min(start + size, len(flat)))
         yield index, flat[index].clone()
+
+
+def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest values, NaN among them, and where they are, in no order."""
+    count, every = min(count, len(values)), len(values) // 2**14
+    where = None
+    if values.is_cpu and every > 1:  # topk is slow there: leave out what is too small, going by a sample
+        sample = values[::every]
+        few = min(len(sample), 32 + 3 * count // (2 * every))
+        where = values.less(sample.topk(few).values[-1]).logical_not_().nonzero()[:, 0]
+    if where is None or len(where) < count:
+        top = values.topk(count, sorted=False)
+        return top.values, top.indices
+    top = values[where].topk(count, sorted=False)
+    return top.values, where[top.indices]
 
 
 def _value_of(loss: Any) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 UNROLLED = 24  # up to this many terms a sorting network of whole-tensor operations beats sorting row by row
+MANY = 2048  # from this many coordinates on: for fewer, starting the operations takes longer than they do
 
 
 def minimise_pieces(x: Tensor, z: Tensor, terms: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -42,7 +43,8 @@ def minimise_pieces(x: Tensor, z: Tensor, terms: tuple[Tensor, Tensor, Tensor]) 
     stacked[:, 3] = right
     base = (terms[2] * (z > 0).to(x.dtype) * moves).sum(dim=0).reshape(-1)
     edges, stacked = edges.reshape(len(edges), -1), stacked.reshape(len(edges), 4, -1)
-    best, t = (_unrolled if len(edges) <= UNROLLED else _batched)(edges, stacked)
+    unroll = len(edges) <= UNROLLED and edges.shape[1] >= MANY
+    best, t = (_unrolled if unroll else _batched)(edges, stacked)
     better = best < base - 4 * torch.finfo(base.dtype).eps * base.abs()
     return t.mul_(better).reshape(shape)
 
@@ -84,8 +86,10 @@ def _batched(edges: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
     edges, order = edges.sort(dim=0)
     stacked = stacked.gather(0, order[:, None].expand_as(stacked))
     passed = stacked[:, :3] * stacked[:, 3:]
-    ahead = (stacked[:, :3] - passed).flip(0).cumsum(dim=0).flip(0)
-    sums = F.pad(passed.cumsum(dim=0), (0, 0, 0, 0, 1, 0)).add_(F.pad(ahead, (0, 0, 0, 0, 0, 1)))
+    ahead = stacked[:, :3].sub_(passed).flip(0).cumsum_(dim=0).flip(0)
+    sums = F.pad(ahead, (0, 0, 0, 0, 0, 1))
+    sums[1:] += passed.cumsum_(dim=0)
+    del stacked, passed, ahead, order
     last = longest(edges)
     low, high = F.pad(edges, (0, 0, 1, 0), value=-last), F.pad(edges, (0, 0, 0, 1), value=last)
     value, vertex = _vertex(sums.movedim(1, 0), low, high)
@@ -139,7 +143,8 @@ class PiecewiseSearch:
         self._x, self._z = x, z
         self._terms = (curvature / 2, slope + curvature * z, z * (slope + curvature * z / 2))
         self._straight = (curvature == 0).all(dim=0, keepdim=True)
-        self.row, self.coordinate_bytes = x.shape[1], 12 * len(x) * x.element_size()
+        held = 14 if len(x) <= UNROLLED else 24
+        self.row, self.coordinate_bytes = x.shape[1], held * len(x) * x.element_size()
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
         """Return t, see `Search`; 0 where no point is better than t = 0."""

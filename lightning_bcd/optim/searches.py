@@ -317,10 +317,13 @@ def _gauss_newton_diagonal(total: Tensor, output: Any, spots: Sequence[Tensor]) 
     if any(row is None for row in rows):
         return result
     hessian = torch.stack([row.reshape(-1, columns) for row in rows], dim=1)
-    # The Hessian of a sample that is fitted all but perfectly underflows inside eigh: scaled to 1.
-    scale = hessian.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(hessian.dtype).tiny)
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / (2 * scale))
-    roots = vectors * (values.clamp_min(0)[:, None, :] * scale).sqrt()
+    if columns == 1:
+        roots = hessian.clamp_min(0).sqrt()
+    else:
+        # The Hessian of a sample that is fitted all but perfectly underflows inside eigh: scaled to 1.
+        scale = hessian.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(hessian.dtype).tiny)
+        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / (2 * scale))
+        roots = vectors * (values.clamp_min(0)[:, None, :] * scale).sqrt()
     for root in roots.unbind(dim=2):
         parts = torch.autograd.grad(output, spots, root.reshape(output.shape), retain_graph=True, allow_unused=True)
         for diagonal, part in zip(result, parts, strict=True):
