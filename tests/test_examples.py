@@ -46,6 +46,7 @@ SCRIPTS = {
         r"test_acc +│ +0\.[5-9]\d+(.|\n)*stage \S+: Z − P",
     ),
     "hybrid_two_layer.py": (["--epochs", "3"], r"epoch 2: hybrid \d\.\d+e[+-]\d+, gradient descent"),
+    "hybrid_digits.py": (["--epochs", "6"], r"test_acc +│ +0\.[5-9]\d+(.|\n)*\{'net\.0': "),
     "cora_ga_mlp.py": (
         ["--data-dir", str(PLANETOID), "--sweeps", "4", "--width", "30"],
         r"test_acc +│ +0\.[2-9]",
@@ -132,7 +133,7 @@ BENCHMARKS = {
 }
 CONFIGS = [
     *("digits.yaml", "greedy.yaml", "manual.yaml", "lifted.yaml"),
-    *("dladmm.yaml", "mdlam.yaml", "pdadmm.yaml", "pdadmm_gq.yaml", "tikhonov.yaml"),
+    *("dladmm.yaml", "mdlam.yaml", "pdadmm.yaml", "pdadmm_gq.yaml", "tikhonov.yaml", "hybrid.yaml"),
 ]
 
 

@@ -171,6 +171,35 @@ def test_gauss_newton_is_the_hessian_of_a_convex_loss_at_the_output():
     torch.testing.assert_close(steps[0].view(-1), -gradient / hessian, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_local_search_goes_to_the_vertex_of_the_piece_the_point_lies_on(bias):
+    net, closure = paper(6, 5, bias=bias)
+    for dw in (math.inf, 1e-2):
+        steps = targets(net, closure, dw=dw, search="local")
+        for parameter, step in zip(net.parameters(), steps, strict=True):
+            if not parameter.requires_grad:
+                continue
+            gradient = torch.autograd.grad(closure(), parameter, create_graph=True)[0].view(-1)
+            second = [
+                torch.autograd.grad(g, parameter, retain_graph=True)[0].view(-1)[k] for k, g in enumerate(gradient)
+            ]
+            curvature, gradient = torch.stack(second), gradient.detach()
+            searched = (gradient.abs() < dw) & (curvature > 0)
+            wanted = -gradient / torch.where(searched, curvature, 1)
+            torch.testing.assert_close(step.view(-1), wanted, rtol=1e-9, atol=1e-12)
+            assert searched.any()
+
+
+def test_local_search_of_chosen_coordinates_equals_that_of_all():
+    net = sequential(5, 4, 3)
+    closure = squared(net)
+    everything = torch.cat([s.view(-1) for s in targets(net, closure, search="local")])
+    steps = targets(net, closure, search="local", selection="greedy", top_k=9)
+    chosen = torch.cat([s.view(-1) for s in steps])
+    torch.testing.assert_close(chosen, everything * (chosen != 0))
+    assert (chosen != 0).sum() == 9
+
+
 def test_loss_without_curvature_takes_gradient_steps():
     net = sequential(5, 4, 3)
     x, y = torch.randn(9, 5).double(), torch.randn(9, 3).double()
@@ -344,7 +373,8 @@ LOSSES = {
 @pytest.mark.parametrize("dw", [0.01, 1.0, math.inf])
 @pytest.mark.parametrize("selection", ["jacobi", "gauss_seidel", "greedy"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_never_rises_with_backtracking(name, selection, dw):
+@pytest.mark.parametrize("search", ["global", "local"])
+def test_loss_never_rises_with_backtracking(search, name, selection, dw):
     make, activation = LOSSES[name]
     net = sequential(5, 12, 8, 3, activation=activation)
     x, y, labels = torch.randn(30, 5).double(), torch.randn(30, 3).double(), torch.randint(3, (30,))
@@ -354,14 +384,16 @@ def test_loss_never_rises_with_backtracking(name, selection, dw):
     }
     closure = make(net) if make else closures[name]
     top_k = 10 if selection == "greedy" else None
-    optimizer = HybridCoordinateDescent(net.parameters(), dw=dw, model=net, selection=selection, top_k=top_k)
+    arguments = {"dw": dw, "selection": selection, "top_k": top_k, "search": search}
+    optimizer = HybridCoordinateDescent(net.parameters(), model=net, **arguments)
     losses = [float(optimizer.step(closure)) for _ in range(12)] + [float(closure().detach())]
     assert all(b <= a for a, b in pairwise(losses)), losses
     assert losses[-1] < 0.99 * losses[0]
 
 
+@pytest.mark.parametrize("search", ["global", "local"])
 @pytest.mark.parametrize("width", [32, 128])
-def test_falls_faster_per_epoch_than_gradient_descent_on_the_setting_of_the_paper(width):
+def test_falls_faster_per_epoch_than_gradient_descent_on_the_setting_of_the_paper(width, search):
     def run(make):
         torch.manual_seed(1)
         net, closure = paper(1000, width, dtype=torch.float32)
@@ -375,12 +407,22 @@ def test_falls_faster_per_epoch_than_gradient_descent_on_the_setting_of_the_pape
 
         return [float(optimizer.step(backward).detach()) for _ in range(11)]
 
-    hybrid = run(lambda net: HybridCoordinateDescent([net.hidden.weight], model=net))
+    hybrid = run(lambda net: HybridCoordinateDescent([net.hidden.weight], model=net, search=search))
     for lr in (0.01, 0.1):
         descent = run(lambda net, lr=lr: torch.optim.SGD([net.hidden.weight], lr=lr))
         assert hybrid[0] == descent[0]
         assert all(a < b for a, b in zip(hybrid[3:], descent[3:], strict=True))
         assert hybrid[10] < 1e-2 * descent[10]
+
+
+def test_stops_where_the_loss_is_exact_to_rounding():
+    net, closure = paper(1000, 32, dtype=torch.float32)
+    optimizer, calls = HybridCoordinateDescent([net.hidden.weight], model=net, search="local"), []
+    for _ in range(40):
+        calls.append(0)
+        optimizer.step(lambda: (calls.append(calls.pop() + 1), closure())[1])
+    assert float(closure().detach()) < 1e-10
+    assert max(calls[30:]) <= 12
 
 
 # -- as a torch optimizer -------------------------------------------------------------------------------------------
@@ -561,6 +603,7 @@ def test_optimizer_state_of_a_bcd_module_is_part_of_its_checkpoint():
         ({"selection": "greedy", "top_k": 0}, r"`top_k` .* but got 0"),
         ({"top_k": 3}, r"`top_k` to be None with selection='jacobi', but got 3\. Leave it out"),
         ({"chunk_bytes": 0}, r"`chunk_bytes` to be a positive number of bytes, but got 0"),
+        ({"search": "grid"}, r"`search` to be 'global' or 'local', but got 'grid'"),
         ({"model": "net"}, r"`model` to be the module that the closure calls, but got 'net'"),
         ({"model": nn.Linear(2, 2)}, r"`model` to hold parameters of the optimizer, but got Linear with none"),
     ],

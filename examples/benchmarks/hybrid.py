@@ -157,6 +157,7 @@ def methods(problem: Problem, thresholds: list[float], top: float) -> dict[str, 
         count = max(1, round(top * sum(p.numel() for p in trained(problem.net))))
         greedy = partial(hybrid, dw=max(thresholds), selection="greedy", top_k=count)
         rows[f"hybrid, greedy, {top:.0%}, dw = {max(thresholds):g}"] = greedy
+        rows[f"hybrid, local, dw = {max(thresholds):g}"] = partial(hybrid, dw=max(thresholds), search="local")
     return rows
 
 
@@ -223,6 +224,8 @@ def deep(options: argparse.Namespace) -> None:
     for selection in ("jacobi", "gauss_seidel"):
         for dw in options.dw:
             rows[f"hybrid, {selection}, dw = {dw:g}"] = partial(_deep_hybrid, dw=dw, selection=selection)
+        local = partial(_deep_hybrid, dw=max(options.dw), selection=selection, search="local")
+        rows[f"hybrid, {selection}, local, dw = {max(options.dw):g}"] = local
     table = [[f"{len(x)} samples", "loss, epoch 1", f"loss, epoch {options.epochs}", "accuracy", "ms per epoch"]]
     for name, make in rows.items():
         runs, accuracies = [], []
@@ -244,8 +247,8 @@ def deep(options: argparse.Namespace) -> None:
     print_table(table)
 
 
-def _deep_hybrid(net: nn.Module, dw: float, selection: str) -> Optimizer:
-    return HybridCoordinateDescent(net.parameters(), dw=dw, model=net, selection=selection)  # type: ignore[arg-type]
+def _deep_hybrid(net: nn.Module, **arguments: Any) -> Optimizer:
+    return HybridCoordinateDescent(net.parameters(), model=net, **arguments)
 
 
 def main() -> None:

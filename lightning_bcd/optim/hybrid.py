@@ -50,6 +50,9 @@ class HybridCoordinateDescent(Optimizer):
             (one parameter after the other if there is one group), each from the point the last one reached.
             `"greedy"`: the `top_k` coordinates of largest gradient.
         top_k: Coordinates per step of the greedy selection.
+        search: For layers before a ReLU. `"global"`: the best of all pieces of the loss along the coordinate,
+            O(N log N) for N samples. `"local"`: the vertex of the piece the point lies on, one product for all
+            weights of the layer.
         chunk_bytes: Bound on the working memory of the searches, in bytes. The searches without evaluations stay
             below the bytes of the parameters, too (512 KiB if that is more), and on a CPU below 4 MiB.
 
@@ -68,6 +71,7 @@ class HybridCoordinateDescent(Optimizer):
         selection: Selection = "jacobi",
         top_k: int | None = None,
         chunk_bytes: int = 2**26,
+        search: Literal["global", "local"] = "global",
     ) -> None:
         fixed = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < math.inf
         _check("alpha", fixed or alpha in ("backtracking", "1/n"), "'backtracking', '1/n' or a positive number", alpha)
@@ -79,8 +83,9 @@ class HybridCoordinateDescent(Optimizer):
         else:
             _check("top_k", top_k is None, f"None with selection={selection!r}", top_k, "Leave it out")
         _check("chunk_bytes", _is_count(chunk_bytes), "a positive number of bytes", chunk_bytes)
+        _check("search", search in ("global", "local"), "'global' or 'local'", search)
         self.alpha, self.selection, self.top_k, self.chunk_bytes = alpha, selection, top_k, chunk_bytes
-        self.model = model
+        self.model, self.search = model, search
         self._warned = False
         super().__init__(params, {"dw": dw})
         held = set() if model is None else set(model.parameters())
@@ -148,7 +153,7 @@ class HybridCoordinateDescent(Optimizer):
 
     def _update(self, block: list[nn.Parameter], closure: Callable[[], Any], uphill: bool = True) -> Tensor:
         """Move one block; without `uphill`, targets on the rising side of the point are left out."""
-        with Recorder(self.model, block) as record, torch.enable_grad():
+        with Recorder(self.model, block, through_relu=self.search == "global") as record, torch.enable_grad():
             loss: Tensor = closure()
         value = _value_of(loss)
         gradients, layers = record.differentiate(loss, block)
@@ -164,7 +169,7 @@ class HybridCoordinateDescent(Optimizer):
             for parameter, direction in directions.items():
                 parameter.add_(direction, alpha=alpha)
         elif slope < 0:
-            self._backtrack(directions, closure, value, slope)
+            self._backtrack(directions, closure, value, slope, torch.finfo(loss.dtype).eps * abs(value))
         elif slope > 0 and uphill:
             # The loss is not convex along coordinates, and their minima lie beyond a hill.
             del gradients, directions
@@ -197,18 +202,11 @@ class HybridCoordinateDescent(Optimizer):
             size = max(1, room // search.coordinate_bytes)
             size = size // search.row * search.row or size
             for index, derivatives in _chunks(flat, chosen.get(parameter), size):
-                steps = -derivatives
-                searched = derivatives.abs() < dw
-                if bool(searched.all()):
-                    steps = search.steps(index, derivatives)
-                elif bool(searched.any()):
-                    where = searched.nonzero()[:, 0]
-                    positions = index[where] if isinstance(index, Tensor) else where + index.start
-                    steps[where] = search.steps(positions, derivatives[where])
+                steps = _targets(search, index, derivatives, dw)
                 if not uphill:
                     steps.masked_fill_(steps * derivatives > 0, 0)
+                slopes.append(torch.dot(steps, derivatives))
                 flat[index] = steps
-                slopes.append((steps * derivatives).sum())
                 count += len(steps)
         total = float(torch.stack([slope.to(slopes[0]) for slope in slopes]).sum()) if slopes else 0.0
         return gradients, total, count
@@ -264,9 +262,17 @@ class HybridCoordinateDescent(Optimizer):
         return loss.detach()
 
     def _backtrack(
-        self, directions: dict[nn.Parameter, Tensor], closure: Callable[[], Any], value: float, slope: float
+        self,
+        directions: dict[nn.Parameter, Tensor],
+        closure: Callable[[], Any],
+        value: float,
+        slope: float,
+        rounding: float,
     ) -> None:
-        """Move by the best α tried: first twice the last one, then vertices of parabolas, until the loss falls."""
+        """Move by the best α tried: first twice the last one, then vertices of parabolas, until the loss falls.
+
+        Where even the slope promises less than the rounding of the loss, it stops and nothing moves.
+        """
         memory = self.state[next(iter(directions))]
         before = {parameter: parameter.clone() for parameter in directions}
         tried, best, alpha = min(1.0, 2 * memory.get("alpha", 0.5)), value, 0.0
@@ -291,6 +297,8 @@ class HybridCoordinateDescent(Optimizer):
                         break
                 else:
                     vertex = max(0.1 * tried, min(0.5 * tried, vertex)) if math.isfinite(loss) else 0.1 * tried
+                    if -slope * vertex <= rounding:
+                        break
                 tried = vertex
         except BaseException:
             _restore(before)
@@ -307,6 +315,22 @@ def _restore(before: dict[nn.Parameter, Tensor]) -> None:
         parameter.copy_(values)
 
 
+def _targets(search: Search, index: slice | Tensor, derivatives: Tensor, dw: float) -> Tensor:
+    """Return x* − x of some coordinates: searched where |∂L| < dw, else the gradient step."""
+    if dw == math.inf:
+        return search.steps(index, derivatives)
+    searched = derivatives.abs() < dw
+    if not search.costly:
+        return torch.where(searched, search.steps(index, derivatives), -derivatives)
+    steps, where = -derivatives, searched.nonzero()[:, 0]
+    if len(where) == len(steps):
+        return search.steps(index, derivatives)
+    if len(where):
+        positions = index[where] if isinstance(index, Tensor) else where + index.start
+        steps[where] = search.steps(positions, derivatives[where])
+    return steps
+
+
 def _chunks(flat: Tensor, chosen: Tensor | None, size: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Yield flat positions and the entries there; entries that are not chosen become 0."""
     if chosen is not None:
@@ -317,7 +341,7 @@ def _chunks(flat: Tensor, chosen: Tensor | None, size: int) -> Iterator[tuple[sl
         return
     for start in range(0, len(flat), size):
         index = slice(start, min(start + size, len(flat)))
-        yield index, flat[index].clone()
+        yield index, flat[index]
 
 
 def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -144,14 +144,13 @@ class PiecewiseSearch:
         self._terms = (curvature / 2, slope + curvature * z, z * (slope + curvature * z / 2))
         self._straight = (curvature == 0).all(dim=0, keepdim=True)
         held = 14 if len(x) <= UNROLLED else 24
-        self.row, self.coordinate_bytes = x.shape[1], held * len(x) * x.element_size()
+        self.row, self.coordinate_bytes, self.costly = x.shape[1], held * len(x) * x.element_size(), True
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
         """Return t, see `Search`; 0 where no point is better than t = 0."""
         x, tables = self._x, (self._z, *self._terms, self._straight)
-        if isinstance(index, slice) and index.start % self.row == 0 == index.stop % self.row:
-            # Whole rows: outer products instead of copies of the tables.
-            rows = slice(index.start // self.row, index.stop // self.row)
+        rows = whole_rows(index, self.row)
+        if rows is not None:  # outer products instead of copies of the tables
             x, z, *terms, straight = x[:, None, :], *(table[:, rows, None] for table in tables)
         else:
             index = positions(index, gradient)
@@ -159,6 +158,13 @@ class PiecewiseSearch:
             x, z, *terms, straight = x[:, index % self.row], *(table[:, neuron] for table in tables)
         t = minimise_pieces(x, z, (terms[0], terms[1], terms[2]))
         return torch.where(straight[0], -gradient.reshape(t.shape), t).reshape(-1)
+
+
+def whole_rows(index: slice | Tensor, row: int) -> slice | None:
+    """Return the rows, `row` entries each, that a range of flat positions covers; None if it covers parts."""
+    if isinstance(index, slice) and index.start % row == 0 == index.stop % row:
+        return slice(index.start // row, index.stop // row)
+    return None
 
 
 def positions(index: slice | Tensor, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bcd.optim.piecewise import PiecewiseSearch, longest, positions
+from lightning_bcd.optim.piecewise import PiecewiseSearch, longest, positions, whole_rows
 
 ROUNDS = 12  # doublings or halvings of a trial step
 EVALUATIONS = ROUNDS + 3
@@ -33,6 +33,7 @@ class Search(Protocol):
 
     row: int  # coordinates that are best searched together
     coordinate_bytes: int  # working memory of one coordinate
+    costly: bool  # whether it pays to leave out coordinates
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
         """Return t (K) for the coordinates at the flat positions `index` with partial derivatives `gradient` (K)."""
@@ -47,12 +48,19 @@ class QuadraticSearch:
     """
 
     def __init__(self, x: Tensor, curvature: Tensor) -> None:
-        self._curvature = (curvature.T @ x.square()).reshape(-1)
-        self.row, self.coordinate_bytes = 1, 8 * x.element_size()
+        self._squares, self._curvature = x.square(), curvature
+        self._table: Tensor | None = None
+        self.row, self.coordinate_bytes, self.costly = x.shape[1], 8 * x.element_size(), False
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
         """Return t, see `Search`."""
-        curvature = self._curvature[index]
+        rows = whole_rows(index, self.row)
+        if rows is not None:
+            curvature = (self._curvature[:, rows].T @ self._squares).reshape(-1)
+        else:
+            if self._table is None:
+                self._table = (self._curvature.T @ self._squares).reshape(-1)
+            curvature = self._table[index]
         bound = longest(curvature)
         return (-gradient / torch.where(curvature > 0, curvature, 1)).clamp_(-bound, bound)
 
@@ -80,7 +88,7 @@ class TrialSearch:
     ) -> None:
         self._parameter, self._evaluate, self._value, self._width = parameter, evaluate, value, width
         self._together = True
-        self.row, self.coordinate_bytes = 1, 4 * parameter.numel() * parameter.element_size()
+        self.row, self.coordinate_bytes, self.costly = 1, 4 * parameter.numel() * parameter.element_size(), True
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
         """Return t, see `Search`; 0 where no trial lowers the loss."""
@@ -198,11 +206,14 @@ class Recorder(TorchFunctionMode):
     Args:
         model: The module that the closure calls, or None.
         parameters: Only layers with one of these are recorded.
+        through_relu: Whether to take gradient and curvature behind a ReLU that follows a layer.
     """
 
-    def __init__(self, model: nn.Module | None, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module | None, parameters: Iterable[nn.Parameter], *, through_relu: bool = True
+    ) -> None:
         super().__init__()
-        self._model, self._wanted = model, set(parameters)
+        self._model, self._wanted, self._through_relu = model, set(parameters), through_relu
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
         self._losses: list[Tensor] = []
@@ -213,7 +224,7 @@ class Recorder(TorchFunctionMode):
             for module in self._model.modules():
                 if isinstance(module, nn.Linear) and not self._wanted.isdisjoint(module._parameters.values()):
                     self._handles.append(module.register_forward_hook(self._note_linear))
-                elif isinstance(module, nn.ReLU):
+                elif isinstance(module, nn.ReLU) and self._through_relu:
                     self._handles.append(module.register_forward_hook(self._note_relu))
             self._handles.append(self._model.register_forward_hook(self._note_output))
         super().__enter__()  # type: ignore[no-untyped-call]
