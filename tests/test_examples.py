@@ -45,6 +45,10 @@ SCRIPTS = {
         ["--data-dir", str(MNIST), "--samples", "1500", "--hidden", "60", "60", "--sweeps", "4"],
         r"test_acc +│ +0\.[5-9]\d+(.|\n)*stage \S+: Z − P",
     ),
+    "tikhonov_mnist.py": (
+        ["--data-dir", str(MNIST), "--samples", "1500", "--hidden", "100", "100", "--sweeps", "3", "--svm"],
+        r"test_acc +│ +0\.[6-9]\d+",
+    ),
     "hybrid_two_layer.py": (["--epochs", "3"], r"epoch 2: hybrid \d\.\d+e[+-]\d+, gradient descent"),
     "hybrid_digits.py": (["--epochs", "6"], r"test_acc +│ +0\.[5-9]\d+(.|\n)*\{'net\.0': "),
     "cora_ga_mlp.py": (
@@ -117,6 +121,13 @@ BENCHMARKS = {
     "hybrid.py": (
         ["--widths", "8", "--seeds", "1", "--epochs", "3", "--inputs", "20", "--dw", "1.0", "--most", "20"],
         r"\| 8 (.|\n)*hybrid",
+    ),
+    "tikhonov.py": (
+        [
+            *("--data-dir", str(MNIST), "--samples", "1000", "--test-samples", "500", "--width", "60"),
+            *("--sweeps", "2", "--rows", "reference", "chain", "--svm", "--loop", "--loop-samples", "3"),
+        ],
+        r"\| mnist \| chain, SVM \| 60 \| 1,000 \| 500 \| 2 \| 0\.[6-9]\d+ \|(.|\n)*\| project \| 120 \|",
     ),
     "mdlam_graph.py": (
         [

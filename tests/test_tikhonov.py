@@ -11,7 +11,7 @@ from toolbox import LiveBytes, begin, run_processes, same, trainer, weights
 from torch import nn
 from torch.distributed import init_process_group
 
-from lightning_bcd import MLP, DenseReLU, LiftedModule, ThreeSplitting, TikhonovBCD, full_batch
+from lightning_bcd import MLP, DenseReLU, DigitsDataModule, LiftedModule, ThreeSplitting, TikhonovBCD, full_batch
 from lightning_bcd.communicator import Alone
 from lightning_bcd.distributed.all_reduce import AllReduce
 from lightning_bcd.lifted import tikhonov
@@ -281,6 +281,63 @@ def test_the_objective_never_rises_with_exact_steps(penalty, loss_name, relaxati
     assert values[-1] < 0.9 * values[0]
 
 
+def fit_output(chain, x, y, ridge):
+    """V by ridge regression on the last hidden activations of a forward pass."""
+    *_, (_, features), _ = chain.forward(x)
+    matrix = features.T @ features + ridge * torch.eye(features.shape[1], dtype=F64)
+    with torch.no_grad():
+        chain[-1].weight.copy_(torch.linalg.solve(matrix, features.T @ y).T)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("connections", CONNECTIONS)
+def test_refit_is_ridge_regression_on_a_forward_pass_before_and_after_a_sweep(connections, chunk_size):
+    x, y, loss = problem(40)
+    shared = {"weight_penalty": Ridge(0.3), "relaxation": 0.5, "damping": 0.2, "chunk_size": chunk_size}
+    algorithm, plain = TikhonovBCD(refit=True, **shared), TikhonovBCD(**shared)
+    chain, state = begin(algorithm, network(connections=connections), x, y, loss)
+    other, expected = begin(plain, network(connections=connections), x, y, loss)
+    other[-1].weight.requires_grad_(False)  # V moves by `fit_output` alone
+    fit_output(other, x, y, 0.5)
+    for _ in range(3):
+        report = algorithm.sweep(chain, state, loss, Alone())
+        plain.sweep(other, expected, loss, Alone())
+        fit_output(other, x, y, 0.5)
+        for a, b in zip(chain, other, strict=True):
+            torch.testing.assert_close(a.weight, b.weight, rtol=1e-8, atol=1e-10)
+        for a, b in zip(state.variables["u"], expected.variables["u"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        assert float(report.objective) == pytest.approx(float(algorithm.objective(chain, state, loss)), rel=1e-9)
+
+
+def test_a_frozen_output_is_not_refitted():
+    x, y, loss = problem()
+    chain, state = begin(TikhonovBCD(preset="recommended"), network(), x, y, loss)
+    chain[-1].weight.requires_grad_(False)
+    before = [stage.weight.clone() for stage in chain]
+    chain_sweep = TikhonovBCD(preset="recommended").sweep(chain, state, loss, Alone())
+    assert torch.isfinite(chain_sweep.objective)
+    assert torch.equal(chain[-1].weight, before[-1])
+    assert not torch.equal(chain[0].weight, before[0])
+
+
+def test_recommended_settings_learn_features_on_the_digits():
+    def train(sweeps):
+        torch.manual_seed(0)
+        data = DigitsDataModule(batch_size=None)
+        model = LiftedModule(DenseReLU([64, 60, 60, 10], "chain"), TikhonovBCD(preset="recommended"))
+        for parameter in model.network.hidden.parameters():
+            parameter.requires_grad_(sweeps > 1)
+        runner = trainer(max_epochs=sweeps)
+        runner.fit(model, data)
+        (result,) = runner.validate(model, data, verbose=False)
+        return result["val_acc"]
+
+    frozen, trained = train(1), train(15)
+    assert frozen > 0.8
+    assert trained > frozen + 0.01
+
+
 def test_row_sparse_weights_stay_row_sparse():
     x, y, loss = problem()
     algorithm = TikhonovBCD(weight_penalty=[RowSparse(3)] * 3 + [Ridge(0.1)], relaxation=0.5)
@@ -340,15 +397,19 @@ def labelled(samples=60):
 
 
 def module(loss="squared", seed=0, **arguments):
-    algorithm = TikhonovBCD(damping=0.1, relaxation=0.5, **arguments.pop("algorithm", {}))
+    algorithm = TikhonovBCD(**{"damping": 0.1, "relaxation": 0.5, **arguments.pop("algorithm", {})})
     return LiftedModule(network(seed=seed), algorithm, loss, **arguments)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_resumed_run_equals_an_uninterrupted_one(loss, tmp_path):
-    whole, part, resumed = (module(loss, seed, save_auxiliary=True) for seed in (0, 0, 5))
+@pytest.mark.parametrize(
+    ("loss", "algorithm"), [*((name, {}) for name in LOSSES), ("squared", {"preset": "recommended"})]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(loss, algorithm, tmp_path):
+    whole, part, resumed = (module(loss, seed, save_auxiliary=True, algorithm=dict(algorithm)) for seed in (0, 0, 5))
+    torch.manual_seed(0)  # of the initial weights of a preset
     trainer(max_epochs=7).fit(whole, full_batch(labelled()))
     runner = trainer(max_epochs=3)
+    torch.manual_seed(0)
     runner.fit(part, full_batch(labelled()))
     runner.save_checkpoint(tmp_path / "part.ckpt")
     trainer(max_epochs=7).fit(resumed, full_batch(labelled()), ckpt_path=tmp_path / "part.ckpt")
@@ -396,21 +457,27 @@ def test_the_svm_needs_scikit_learn_and_all_samples(monkeypatch):
     with pytest.raises(MisconfigurationException, match=r"one batch .* of TikhonovBCD, but got 3 batches"):
         trainer(max_epochs=1).fit(model, batches)
     assert model.sweeps == 0
+    model = module(algorithm={"preset": "recommended"})
+    with pytest.raises(MisconfigurationException, match=r"one batch .* of TikhonovBCD, but got 3 batches"):
+        trainer(max_epochs=1).fit(model, batches)
     monkeypatch.setattr(tikhonov, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"scikit-learn to be installed .* pip install"):
         TikhonovBCD(classifier="svm")
 
 
+SHARED = [*((name, False) for name in LOSSES), ("squared", True)]
+
+
 def shared(rank, directory):
     init_process_group("gloo")
     found = {}
-    for loss_name in LOSSES:
+    for loss_name, refit in SHARED:
         x, y, loss = problem(23, loss=loss_name)
         rows = (slice(0, 15), slice(15, 23))[rank]
-        algorithm = TikhonovBCD(damping=0.1, relaxation=0.7)
+        algorithm = TikhonovBCD(damping=0.1, relaxation=0.7, refit=refit)
         chain, state = begin(algorithm, network(), x[rows], y[rows], loss, comm := AllReduce())
         value = [float(algorithm.sweep(chain, state, loss, comm).objective) for _ in range(5)][-1]
-        found[loss_name] = value, [stage.weight.detach() for stage in chain]
+        found[loss_name, refit] = value, [stage.weight.detach() for stage in chain]
     try:
         begin(TikhonovBCD(classifier="svm"), network(), x, y, loss, comm)
     except ValueError as error:
@@ -421,11 +488,11 @@ def shared(rank, directory):
 def test_two_processes_equal_one(tmp_path):
     first, second = run_processes(shared, tmp_path)
     assert "`classifier` to be None with 2 processes" in first["refused"]
-    for loss_name in LOSSES:
-        value, found = first[loss_name]
-        assert value == second[loss_name][0]
+    for loss_name, refit in SHARED:
+        value, found = first[loss_name, refit]
+        assert value == second[loss_name, refit][0]
         x, y, loss = problem(23, loss=loss_name)
-        algorithm = TikhonovBCD(damping=0.1, relaxation=0.7)
+        algorithm = TikhonovBCD(damping=0.1, relaxation=0.7, refit=refit)
         chain, state = begin(algorithm, network(), x, y, loss)
         wanted = [float(algorithm.sweep(chain, state, loss, Alone()).objective) for _ in range(5)][-1]
         assert value == pytest.approx(wanted, rel=1e-9)
@@ -465,6 +532,8 @@ def test_networks_and_losses_that_do_not_fit_are_refused():
     algorithm.check(Chain(MLP([6, 8, 3], bias=False)), resolve_loss("squared"))
     with pytest.raises(ValueError, match="`nonnegative` to be 'exact' with HingeLoss"):
         TikhonovBCD(nonnegative="project").check(Chain(network()), resolve_loss("hinge"))
+    with pytest.raises(ValueError, match="`refit` to be False with HingeLoss, but got True"):
+        TikhonovBCD(refit=True).check(Chain(network()), resolve_loss("hinge"))
     with pytest.raises(ValueError, match="`gamma` to be one number or 3"):
         TikhonovBCD(gamma=[1.0, 2.0]).check(Chain(network()), resolve_loss("squared"))
     x, y, loss = problem()

@@ -33,12 +33,19 @@ from lightning_bcd.lifted.splitting import Penalised
 from lightning_bcd.linalg import LeastSquares, factor
 from lightning_bcd.prox.activations import ReLU
 from lightning_bcd.prox.losses import Loss, SquaredLoss
-from lightning_bcd.prox.penalties import Penalty
+from lightning_bcd.prox.penalties import Penalty, Ridge
 
 #: θ_t of the relaxation, by name; t = 1, 2, …
 RELAXATIONS: dict[str, Callable[[int], float]] = {"1/t^2": lambda t: t**-2, "1/t": lambda t: 1 / t}
 #: Matrices as wide as [X, U_1, …, V] of a chunk's rows, and as wide as the output of all rows, alive at once at most.
 TEMPORARIES, OUTPUTS = 12, 8
+
+
+def _harmonic(t: int) -> float:
+    """θ_t of the recommended preset: the steps do not add up to a finite number, as those of 1/t² do."""
+    return 0.4 / t
+
+
 Relaxation = Literal["1/t^2", "1/t"] | float | Callable[[int], float]
 
 
@@ -49,8 +56,8 @@ class TikhonovBCD(Penalised):
     For `DenseReLU`, or chains of `nn.Linear` and ReLU without biases.
 
     Args:
-        preset: `"reference"` (the settings of a published re-implementation) fills the arguments left at None;
-            without a preset they are the paper's problem.
+        preset: `"reference"` (the settings of a published re-implementation) or `"recommended"` (found by experiment)
+            fills the arguments left at None; without a preset they are the paper's problem.
         gamma: γ > 0: a number, one per hidden layer, or a function of (sweep, layers). 1 if None.
         relaxation: θ_t in (0, 1]: `"1/t^2"` (the paper; all later steps together are 0.645), `"1/t"`, a constant, or a
             function of t = 1, 2, …
@@ -61,6 +68,8 @@ class TikhonovBCD(Penalised):
         iterations: Of `"exact"`, and of V with losses that are not squared.
         weight_penalty: r: one `Penalty` for all W_n and V, or one per layer. `Ball` and `RowSparse` are the
             constraints of the paper; after a relaxation `RowSparse` is applied again.
+        refit: Fit V to the activations of a forward pass instead of U_N, without proximal term and relaxation:
+            before the first sweep, and after W in every sweep (squared loss only). False if None.
         classifier: `"svm"`: when training ends, V is replaced by scikit-learn's LinearSVC on the last features.
         svm_c: C of the LinearSVC. 1 if None.
 
@@ -69,20 +78,37 @@ class TikhonovBCD(Penalised):
         ModuleNotFoundError: If `classifier="svm"` and scikit-learn is not installed.
     """
 
-    preset: Literal["reference"] | None = None
+    preset: Literal["reference", "recommended"] | None = None
     gamma: Schedule | None = None
     relaxation: Relaxation | None = None
     proximal: float | None = None
     damping: float | None = None
     nonnegative: Literal["exact", "project"] | None = None
     iterations: int = 50
+    refit: bool | None = None
     classifier: Literal["svm"] | None = None
     svm_c: float | None = None
 
     several_inputs: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {"gamma": 1.0, "relaxation": "1/t^2", "damping": 0.0, "nonnegative": "exact", "svm_c": 1.0},
+        "paper": {
+            "gamma": 1.0,
+            "relaxation": "1/t^2",
+            "damping": 0.0,
+            "nonnegative": "exact",
+            "refit": False,
+            "svm_c": 1.0,
+        },
         "reference": {"damping": 1.0, "nonnegative": "project"},
+        "recommended": {
+            "gamma": 1e-4,
+            "relaxation": _harmonic,
+            "proximal": 0.0,
+            "nonnegative": "project",
+            "refit": True,
+            "weight_penalty": Ridge(0.3),
+            "init": "he",
+        },
     }
 
     def __post_init__(self) -> None:
@@ -111,8 +137,8 @@ class TikhonovBCD(Penalised):
 
     @property
     def needs_full_batch(self) -> bool:
-        """Whether an SVM will be fitted to all samples."""
-        return self.classifier is not None
+        """Whether the last layer is fitted to all samples, which a batch of few would not be."""
+        return self.classifier is not None or bool(self.refit)
 
     @property
     def descends(self) -> bool:
@@ -155,11 +181,13 @@ class TikhonovBCD(Penalised):
             )
         self.weights_of_terms(0, len(chain) - 1)
         self.weight_penalties(len(chain))
-        if self.nonnegative == "project" and not isinstance(loss, SquaredLoss):
-            raise ValueError(
-                f"Expected argument `nonnegative` to be 'exact' with {type(loss).__name__}, but got 'project', which "
-                "needs a closed form. Use loss='squared'."
-            )
+        closed = {"nonnegative": ("project", "exact"), "refit": (True, False)}
+        for name, (value, instead) in closed.items():
+            if getattr(self, name) == value and not isinstance(loss, SquaredLoss):
+                raise ValueError(
+                    f"Expected argument `{name}` to be {instead!r} with {type(loss).__name__}, but got {value!r}, "
+                    "which needs a closed form. Use loss='squared'."
+                )
 
     def temporary_bytes(self, chain: Chain, x: Tensor) -> int:
         """Bytes that a sweep over x takes beside the auxiliary variables, at most (sums over samples left out)."""
@@ -188,12 +216,17 @@ class TikhonovBCD(Penalised):
         return super().start(chain, x, y, comm, velocity)
 
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
-        """Update U, V and W once (Algorithm 1 of [1])."""
+        """Update U, V and W once (Algorithm 1 of [1]), with `refit` U, W and V."""
         with precise(state.x.device):
             sweep = Sweep(self, chain, state, loss, comm)
+            if self.refit and state.fresh:
+                sweep.refit_v()
             sweep.update_u()
-            sweep.update_v()
+            if not self.refit:
+                sweep.update_v()
             sweep.update_w()
+            if self.refit:
+                sweep.refit_v()
             state.sweep += 1
             state.fresh = False
             return sweep.report()
@@ -346,6 +379,21 @@ class Sweep:
         else:
             new = self.split_v(stage.weight, penalty)
         self.relax(stage.weight, new, penalty)
+
+    def refit_v(self) -> None:
+        """V: ½ ‖Y − F Vᵀ‖² + r(V), F the last hidden activations of a forward pass."""
+        stage, state = self.chain[-1], self.state
+        if not stage.weight.requires_grad:
+            return
+        problem = LeastSquares(stage.weight.shape[1], len(stage.weight), state.x.device)
+        for rows in state.rows(self.algorithm.rows_per_chunk(state.x)):
+            for layer, (_, features) in enumerate(self.chain.forward(state.x[rows])):
+                if layer == len(self.hidden) - 1:
+                    problem.add(features, state.y[rows])
+        self.comm.sum(problem.totals)
+        problem.gram.diagonal().add_(self.damping)
+        new, _ = problem.solve(stage.weight, None, rho=1.0, alpha=0.0, penalty=self.penalties[-1])
+        stage.weight.copy_(new)
 
     def split_v(self, old: Tensor, penalty: Penalty) -> Tensor:
         """V with another loss, by an alternating direction method on S = U_N Vᵀ; no worse than the old V."""
