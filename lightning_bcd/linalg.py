@@ -101,6 +101,7 @@ class LeastSquares:
         self.partial: list[Tensor] = []  # cross and Gram matrix of the last chunks, in the precision of the data
         self.chunks = 0
         self.rounding = 0.0
+        self.lower: Tensor | None = None  # see `keep_factor`
         few = rows is not None and rows < d and not self.known_gram
         self.rows: list[tuple[Tensor, Tensor]] | None = [] if few else None
 
@@ -145,6 +146,7 @@ class LeastSquares:
         bias_update: BiasUpdate = "exact",
         shift: Tensor | None = None,
         iterations: int = 100,
+        keep_factor: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new W and b in float64.
 
@@ -159,6 +161,7 @@ class LeastSquares:
             shift: r acts on W + shift. With U replaced by its residual and W_old = 0 the solution is a change of the
                 weights, and rounding of the sums touches the change only.
             iterations: Proximal gradient steps.
+            keep_factor: Keep the factor for the next call, which has the same V, ρ, α and penalty, and another U.
 
         Raises:
             torch.linalg.LinAlgError: If the system is singular or not finite.
@@ -173,9 +176,12 @@ class LeastSquares:
         else:
             matrix, right = self._system(b_old, rho, alpha, joint)
             if closed:
-                # A Gram matrix of float32 products may be indefinite by its rounding: that much is added.
-                matrix.diagonal().add_(alpha + ridge + self.rounding * matrix.diagonal().sum())
-                lower = factor(matrix, "VᵀV of a layer", positive=alpha + ridge > 0)
+                lower = self.lower
+                if lower is None:
+                    # A Gram matrix of float32 products may be indefinite by its rounding: that much is added.
+                    matrix.diagonal().add_(alpha + ridge + self.rounding * matrix.diagonal().sum())
+                    lower = factor(matrix, "VᵀV of a layer", positive=alpha + ridge > 0)
+                self.lower = lower if keep_factor else None
                 w = torch.cholesky_solve((pull + right).T, lower).T
             else:
                 assert penalty is not None

@@ -11,10 +11,19 @@ from toolbox import LiveBytes, begin, run_processes, same, trainer, weights
 from torch import nn
 from torch.distributed import init_process_group
 
-from lightning_bcd import MLP, DenseReLU, DigitsDataModule, LiftedModule, ThreeSplitting, TikhonovBCD, full_batch
+from lightning_bcd import (
+    MLP,
+    DenseReLU,
+    DigitsDataModule,
+    LiftedModule,
+    ThreeSplitting,
+    TikhonovBCD,
+    full_batch,
+    linalg,
+)
 from lightning_bcd.communicator import Alone
 from lightning_bcd.distributed.all_reduce import AllReduce
-from lightning_bcd.lifted import tikhonov
+from lightning_bcd.lifted import nonnegative, tikhonov
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.nonnegative import NonnegativeQuadratic
 from lightning_bcd.prox import L1, Ball, Ridge, RowSparse, resolve_loss
@@ -375,6 +384,24 @@ def test_a_sweep_takes_no_more_memory_than_announced(loss_name, nonnegative):
         algorithm.sweep(chain, state, loss, Alone())
     promised = algorithm.temporary_bytes(chain, x)
     assert promised / 6 < live.peak < promised + 20 * 124**2 * 8  # sums over samples
+
+
+@pytest.mark.parametrize("loss_name", ["squared", "hinge"])
+def test_a_sweep_factors_one_matrix_per_block(loss_name, monkeypatch):
+    sizes, real = [], linalg.factor
+
+    def counting(matrix, *arguments, **options):
+        sizes.append(len(matrix))
+        return real(matrix, *arguments, **options)
+
+    for place in (linalg, tikhonov, nonnegative):
+        monkeypatch.setattr(place, "factor", counting)
+    x, y, loss = problem(loss=loss_name)
+    algorithm = TikhonovBCD(damping=0.1, relaxation=0.5)
+    chain, state = begin(algorithm, network(), x, y, loss)
+    algorithm.sweep(chain, state, loss, Alone())
+    # U of 8 + 7 + 5 entries, V of 5 columns, W that read 6, 6 + 8, 6 + 8 + 7.
+    assert sizes == [20, 5, 6, 14, 21]
 
 
 def test_frozen_layers_stay():

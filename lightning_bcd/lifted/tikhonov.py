@@ -400,11 +400,11 @@ class Sweep:
         weight, u = old, self.state.variables["u"][-1].to(old)
         s, slack = u @ old.T, u.new_zeros(len(u), len(old))
         before = self.value_of_v(s, old, old, penalty)
+        problem = self.part(None, self.columns[-1], self.damping)
         for _ in range(self.algorithm.iterations):
-            problem = self.part(None, self.columns[-1], self.damping)
             problem.cross = ((s - slack).T @ u).double()
             self.comm.sum([problem.cross])
-            solved, _ = problem.solve(old, None, rho=1.0, alpha=self.pull, penalty=penalty)
+            solved, _ = problem.solve(old, None, rho=1.0, alpha=self.pull, penalty=penalty, keep_factor=True)
             weight = solved.to(old.dtype)
             image = u @ weight.T
             s = self.loss.prox(image + slack, 1.0, self.state.y)
