@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from toolbox import data, loader
+from toolbox import LiveBytes, data, loader
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +16,7 @@ from lightning_bcd import BCDModule, HybridCoordinateDescent
 from lightning_bcd.optim import piecewise
 from lightning_bcd.optim.hybrid import _top
 from lightning_bcd.optim.piecewise import minimise_pieces
+from lightning_bcd.optim.searches import Recorder
 
 
 class Paper(nn.Module):
@@ -276,6 +277,69 @@ def test_trials_of_other_modules_are_evaluated_together_or_one_by_one(sequential
         assert mine <= min(half, double)
 
 
+@pytest.mark.parametrize("search", ["global", "local"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_activations_may_work_in_place(activation, search):
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        net = sequential(5, 6, 3, activation=partial(activation, inplace=inplace))
+        found.append(targets(net, squared(net), dw=math.inf, search=search))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_weight_that_layers_share_is_searched_by_trials():
+    net = sequential(4, 4, 4)
+    net[2].weight = net[0].weight
+    closure = squared(net, inputs=4, outputs=4)
+    with pytest.warns(UserWarning, match="searches coordinate by coordinate"):
+        step = targets(net, closure, dw=math.inf)[0].view(-1)
+    for position, t in enumerate(step.tolist()):
+        still, mine = (loss_moved(net[0].weight, position, size, closure) for size in (0.0, t))
+        assert mine < still
+
+
+def test_layers_with_a_parametrised_weight_are_searched_by_trials():
+    net = nn.Sequential(
+        torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)
+    ).double()
+    closure = squared(net)
+    optimizer = HybridCoordinateDescent(net.parameters(), model=net)
+    with pytest.warns(UserWarning, match="searches coordinate by coordinate"):
+        losses = [float(optimizer.step(closure)) for _ in range(4)]
+    assert all(b < a for a, b in pairwise(losses))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_may_be_more_precise_than_the_weights(dtype):
+    net = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).to(dtype)
+    x, y = torch.randn(9, 5, dtype=dtype), torch.randn(9, 3)
+    optimizer = HybridCoordinateDescent(net.parameters(), model=net)
+
+    def closure():
+        return F.mse_loss(net(x).double(), y.double())
+
+    with pytest.warns(UserWarning, match="searches coordinate by coordinate"):
+        losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("search", ["global", "local"])
+def test_the_closure_may_use_autocast(search):
+    net = sequential(5, 8, 3, dtype=torch.float32)
+    x, y = torch.randn(30, 5), torch.randint(3, (30,))
+    optimizer = HybridCoordinateDescent(net.parameters(), model=net, search=search)
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(net(x), y)
+
+    losses = [float(optimizer.step(closure)) for _ in range(6)]
+    assert all(b <= a for a, b in pairwise(losses))
+    assert losses[-1] < 0.9 * losses[0]
+
+
 # -- the step -------------------------------------------------------------------------------------------------------
 
 
@@ -297,12 +361,31 @@ def test_jacobi_step_is_a_naive_loop_over_coordinates():
     assert (gradient.abs() < dw).any()
 
 
+@pytest.mark.parametrize("search", ["global", "local"])
 @pytest.mark.parametrize("chunk_bytes", [1, 2000, 20000])
-def test_chunks_do_not_change_the_step(chunk_bytes):
-    net, closure = paper(6, 5, bias=True)
-    whole, parts = (targets(net, closure, dw=1.0, chunk_bytes=size) for size in (2**26, chunk_bytes))
+def test_chunks_do_not_change_the_step(chunk_bytes, search):
+    """Each chunk has steep and flat coordinates, also behind the first one."""
+    net = sequential(5, 7, 3)
+    closure = squared(net)
+    dw = float(torch.cat([g.abs().view(-1) for g in torch.autograd.grad(closure(), list(net.parameters()))]).median())
+    whole, parts = (targets(net, closure, dw=dw, search=search, chunk_bytes=size) for size in (2**26, chunk_bytes))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("search", "size"), [("global", 600_000), ("global", 200_000), ("local", 600_000)])
+def test_searches_stay_below_their_bound(search, size):
+    for width, samples in ((16, 10), (64, 10), (64, 40)):
+        net, closure = paper(1000, width, samples, torch.float32)
+        optimizer = HybridCoordinateDescent([net.hidden.weight], model=net, search=search, chunk_bytes=size)
+        with Recorder(net, [net.hidden.weight], through_relu=search == "global") as record:
+            loss = closure()
+        gradients, layers = record.differentiate(loss, [net.hidden.weight])
+        with LiveBytes() as live, torch.no_grad():
+            optimizer._directions(gradients, layers, closure, float(loss.detach()), True)
+        # Beside it, tables of samples x neurons, and one number per coordinate and chunk.
+        tables = 4 * samples * (10 * width + 4 * 1000)
+        assert live.peak <= min(size, max(2**19, net.hidden.weight.nbytes)) + tables
 
 
 def test_one_over_n_divides_by_the_number_of_coordinates():
@@ -343,9 +426,10 @@ def test_gauss_seidel_goes_block_by_block_from_the_point_reached():
 def test_greedy_moves_the_coordinates_of_largest_gradient_only():
     net = sequential(5, 4, 3)
     closure = squared(net)
-    everything = torch.cat([s.view(-1) for s in targets(net, closure)])
     gradient = torch.cat([g.view(-1) for g in torch.autograd.grad(closure(), list(net.parameters()))])
-    steps = torch.cat([s.view(-1) for s in targets(net, closure, selection="greedy", top_k=7)])
+    dw = float(gradient.abs().topk(4).values[-1])  # four of the chosen are steep, the others are searched
+    everything = torch.cat([s.view(-1) for s in targets(net, closure, dw=dw)])
+    steps = torch.cat([s.view(-1) for s in targets(net, closure, dw=dw, selection="greedy", top_k=7)])
     top = gradient.abs().topk(7).indices
     assert set(steps.nonzero()[:, 0].tolist()) == set(top.tolist())
     torch.testing.assert_close(steps[top], everything[top])
@@ -423,6 +507,24 @@ def test_stops_where_the_loss_is_exact_to_rounding():
         optimizer.step(lambda: (calls.append(calls.pop() + 1), closure())[1])
     assert float(closure().detach()) < 1e-10
     assert max(calls[30:]) <= 12
+
+
+def test_targets_beyond_a_hill_are_left_out_so_that_the_loss_falls():
+    """All coordinates aim at far minima on the rising side: without a second look nothing would move."""
+    found = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1)).double()
+        x, y = torch.randn(6, 2).double(), torch.randn(6, 1).double()
+        gradient = torch.autograd.grad(F.mse_loss(net(x), y), list(net.parameters()))
+        steps = targets(net, lambda net=net, x=x, y=y: F.mse_loss(net(x), y), dw=math.inf)
+        if sum(float((s * g).sum()) for s, g in zip(steps, gradient, strict=True)) <= 0:
+            continue
+        optimizer = HybridCoordinateDescent(net.parameters(), dw=math.inf, model=net)
+        before = float(optimizer.step(lambda net=net, x=x, y=y: F.mse_loss(net(x), y)))
+        found.append(float(F.mse_loss(net(x), y)) / before)
+    assert found
+    assert max(found) < 0.999
 
 
 # -- as a torch optimizer -------------------------------------------------------------------------------------------

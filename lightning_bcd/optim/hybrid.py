@@ -45,16 +45,18 @@ class HybridCoordinateDescent(Optimizer):
             coordinates that got a target (the rule of the paper). A number: that.
         model: The module that the closure calls; its `nn.Linear` layers are searched by rank-1 updates of their
             output, without evaluations of the closure. It returns one tensor, whose rows the loss treats alone.
-            Other parameters are searched by evaluations of the closure.
+            `search="global"` sees `nn.ReLU` modules, not `F.relu`; nothing else may read what such a module reads.
+            Parameters of other modules, and weights that several layers share, are searched by evaluations.
         selection: `"jacobi"`: all coordinates at once. `"gauss_seidel"`: one parameter group after the other
             (one parameter after the other if there is one group), each from the point the last one reached.
             `"greedy"`: the `top_k` coordinates of largest gradient.
         top_k: Coordinates per step of the greedy selection.
+        chunk_bytes: Bound on the working memory of the searches, in bytes. The searches without evaluations stay
+            below the bytes of the parameters, too (512 KiB if that is more), and on a CPU below 8 MiB. One
+            coordinate, or one row of a layer that is not before a ReLU, is searched even if it takes more.
         search: For layers before a ReLU. `"global"`: the best of all pieces of the loss along the coordinate,
             O(N log N) for N samples. `"local"`: the vertex of the piece the point lies on, one product for all
             weights of the layer.
-        chunk_bytes: Bound on the working memory of the searches, in bytes. The searches without evaluations stay
-            below the bytes of the parameters, too (512 KiB if that is more), and on a CPU below 4 MiB.
 
     Raises:
         ValueError: If an argument is out of range, or no parameter belongs to `model`.
@@ -159,6 +161,7 @@ class HybridCoordinateDescent(Optimizer):
         gradients, layers = record.differentiate(loss, block)
         loss = loss.detach()  # lets go of the graph
         directions, slope, count = self._directions(gradients, layers, closure, value, uphill)
+        del layers  # and the inputs of every layer with it
         if not math.isfinite(slope):
             raise ValueError(
                 f"Expected a finite gradient, but the slope of the loss along the targets is {slope}. Look for "
@@ -196,11 +199,11 @@ class HybridCoordinateDescent(Optimizer):
             flat, dw = gradient.view(-1), widths[parameter]
             if parameter in layers:
                 search: Search = layers[parameter].along(parameter)
-                room = min(self.chunk_bytes, bound, 2**22 if flat.is_cpu else bound)
+                room = min(self.chunk_bytes, bound, 2**23 if flat.is_cpu else bound)
             else:
                 search, room = self._trials(parameter, closure, value, dw), self.chunk_bytes
             size = max(1, room // search.coordinate_bytes)
-            size = size // search.row * search.row or size
+            size = size // search.row * search.row or (size if search.costly else search.row)
             for index, derivatives in _chunks(flat, chosen.get(parameter), size):
                 steps = _targets(search, index, derivatives, dw)
                 if not uphill:

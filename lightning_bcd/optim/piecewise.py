@@ -143,8 +143,8 @@ class PiecewiseSearch:
         self._x, self._z = x, z
         self._terms = (curvature / 2, slope + curvature * z, z * (slope + curvature * z / 2))
         self._straight = (curvature == 0).all(dim=0, keepdim=True)
-        held = 14 if len(x) <= UNROLLED else 24
-        self.row, self.coordinate_bytes, self.costly = x.shape[1], held * len(x) * x.element_size(), True
+        # 14 numbers per term when unrolled, 25 when sorted by rows, 6 more when the tables have to be copied.
+        self.row, self.coordinate_bytes, self.costly = x.shape[1], 31 * len(x) * x.element_size(), True
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
         """Return t, see `Search`; 0 where no point is better than t = 0."""

@@ -12,6 +12,7 @@ diagonal of the Gauss-Newton matrix: φ is the loss itself for a squared loss an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ class Search(Protocol):
     """Finds the minimiser along each of some coordinates of one parameter."""
 
     row: int  # coordinates that are best searched together
-    coordinate_bytes: int  # working memory of one coordinate
+    coordinate_bytes: int  # working memory of one coordinate, at most
     costly: bool  # whether it pays to leave out coordinates
 
     def steps(self, index: slice | Tensor, gradient: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class TrialSearch:
             if not bool(falling.any()):
                 break
         rise = best - self._value - gradient * t
-        vertex = torch.where(rise > 0, -gradient * t.square() / (2 * rise), t)
+        vertex = torch.where(rise > 0, -gradient * t.square() / (2 * rise), t).to(t)
         loss = self._losses(index, vertex)
         t, best = torch.where(loss < best, vertex, t), torch.minimum(loss, best)
         return torch.where(best < self._value, t, 0)
@@ -187,6 +188,7 @@ class _Use:
     layer: nn.Linear
     x: Tensor
     at: Tensor
+    handed_on: Tensor
     rectified: bool = False
 
 
@@ -246,14 +248,17 @@ class Recorder(TorchFunctionMode):
             args, kwargs = args[:2], {**kwargs, "retain_graph": True}
         return func(*args, **kwargs)
 
-    def _note_linear(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self._calls and output.requires_grad:
-            assert isinstance(layer, nn.Linear)
-            self._calls[-1].uses.append(_Use(layer, inputs[0].detach(), output))
+    def _note_linear(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self._calls or not output.requires_grad:
+            return output
+        assert isinstance(layer, nn.Linear)
+        handed_on = output.clone()  # an activation may work in place
+        self._calls[-1].uses.append(_Use(layer, inputs[0].detach(), output, handed_on))
+        return handed_on
 
     def _note_relu(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         for use in self._calls[-1].uses if self._calls else []:
-            if use.at is inputs[0] and not use.rectified:
+            if use.handed_on is inputs[0] and not use.rectified:
                 use.at, use.rectified = output, True
 
     def _note_output(self, _: nn.Module, inputs: Any, output: Any) -> None:
@@ -328,6 +333,7 @@ def _gauss_newton_diagonal(total: Tensor, output: Any, spots: Sequence[Tensor]) 
     if any(row is None for row in rows):
         return result
     hessian = torch.stack([row.reshape(-1, columns) for row in rows], dim=1)
+    hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # autocast: no eigh in less
     if columns == 1:
         roots = hessian.clamp_min(0).sqrt()
     else:
@@ -336,7 +342,8 @@ def _gauss_newton_diagonal(total: Tensor, output: Any, spots: Sequence[Tensor]) 
         values, vectors = torch.linalg.eigh((hessian + hessian.mT) / (2 * scale))
         roots = vectors * (values.clamp_min(0)[:, None, :] * scale).sqrt()
     for root in roots.unbind(dim=2):
-        parts = torch.autograd.grad(output, spots, root.reshape(output.shape), retain_graph=True, allow_unused=True)
+        pull = root.reshape(output.shape).to(output.dtype)
+        parts = torch.autograd.grad(output, spots, pull, retain_graph=True, allow_unused=True)
         for diagonal, part in zip(result, parts, strict=True):
             if part is not None:
                 diagonal.addcmul_(part, part)
@@ -374,13 +381,17 @@ def _layer_searches(
     uses: Sequence[_Use], gradient: dict[Tensor, Tensor | None], curvature: dict[Tensor, Tensor]
 ) -> dict[Tensor, LayerSearch]:
     searches: dict[Tensor, LayerSearch] = {}
-    for layer in dict.fromkeys(use.layer for use in uses):
+    layers = list(dict.fromkeys(use.layer for use in uses))
+    owners = Counter(p for layer in layers for p in layer._parameters.values() if p is not None)
+    for layer in layers:
         mine = [use for use in uses if use.layer is layer]
         gradients = [use.at.new_zeros(use.at.shape) if (g := gradient[use.at]) is None else g for use in mine]
         collected = ([use.x for use in mine], gradients, [curvature[use.at] for use in mine])
         x, g, h = (torch.cat([_rows(each, layer.weight) for each in tensors]) for tensors in collected)
         search = LayerSearch(layer, x, g, h, all(use.rectified for use in mine))
-        searches |= dict.fromkeys(layer.parameters(), search)
+        # A weight that several layers share is none of theirs; what a parametrisation holds is no weight.
+        own = (p for p in layer._parameters.values() if p is not None and owners[p] == 1)
+        searches |= dict.fromkeys(own, search)
     return searches
 
 
