@@ -319,6 +319,25 @@ def test_refit_is_ridge_regression_on_a_forward_pass_before_and_after_a_sweep(co
         assert float(report.objective) == pytest.approx(float(algorithm.objective(chain, state, loss)), rel=1e-9)
 
 
+def test_refit_names_the_remedy_where_no_activation_is_left():
+    x, y, loss = problem()
+    chain, state = begin(TikhonovBCD(refit=True), network(connections="chain"), x, y, loss)
+    with torch.no_grad():
+        chain[0].weight.zero_()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"`weight_penalty=Ridge\(...\)` or `damping`"):
+        TikhonovBCD(refit=True).sweep(chain, state, loss, Alone())
+
+
+def test_a_preset_leaves_frozen_layers_as_they_are():
+    net, (x, _, _) = network(), problem()
+    net.hidden[1].weight.requires_grad_(False)
+    chain = Chain(net)
+    before = [stage.weight.clone() for stage in chain]
+    TikhonovBCD(preset="recommended").initialise(chain, x, Alone())
+    same_as_before = [torch.equal(a, stage.weight) for a, stage in zip(before, chain, strict=True)]
+    assert same_as_before == [False, True, False, False]
+
+
 def test_a_frozen_output_is_not_refitted():
     x, y, loss = problem()
     chain, state = begin(TikhonovBCD(preset="recommended"), network(), x, y, loss)
@@ -541,6 +560,7 @@ def test_two_processes_equal_one(tmp_path):
         ({"gamma": 0.0}, "`gamma` to be positive"),
         ({"nonnegative": "clip"}, "`nonnegative` to be one of"),
         ({"iterations": 0}, "`iterations` to be at least 1"),
+        ({"refit": "yes"}, "`refit` to be one of"),
         ({"classifier": "tree"}, "`classifier` to be one of"),
         ({"svm_c": 0.0}, "`svm_c` to be positive"),
         ({"preset": "best"}, "`preset` to be one of"),

@@ -177,7 +177,8 @@ def shallow(options: argparse.Namespace) -> None:
                 # Gradient descent gets the seconds of the hybrid, too, for the loss at equal time.
                 runs.setdefault(name, []).append(train(problem.fresh(), make, options.epochs, memory=seed == 0))
         descents = [name for name in runs if not name.startswith("hybrid")]
-        limit = statistics.median(run.seconds[-1] for name in runs if name not in descents for run in runs[name])
+        hybrids = [found for name, found in runs.items() if name not in descents]
+        limit = max(statistics.median(run.seconds[-1] for run in found) for found in hybrids)
         base = runs["gradient descent, step 0.1"]
         table = [
             [
@@ -191,8 +192,8 @@ def shallow(options: argparse.Namespace) -> None:
         for name, found in runs.items():
             if name in descents:
                 epochs = min(options.most, int(limit / found[0].seconds[-1] * options.epochs) + 1)
-                problem = paper(options.inputs, width, 0)
-                reached = [train(problem, methods(problem, [], 0)[name], epochs).losses[-1]]
+                problems = (paper(options.inputs, width, seed) for seed in range(options.seeds))
+                reached = [train(problem, methods(problem, [], 0)[name], epochs).losses[-1] for problem in problems]
             else:
                 reached = [loss_at(run, limit) for run in found]
             peak, seconds = found[0].peak, statistics.median(run.seconds[-1] for run in found)

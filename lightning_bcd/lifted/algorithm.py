@@ -123,7 +123,8 @@ class LiftedAlgorithm(ABC):
 
     Args:
         init: How to set the weights before the first sweep: `"he"`, `"orthogonal"`, `"identity"`, `"looks_linear"` or
-            `"reference"`, see `lightning_bcd.lifted.initialisation`; None leaves them as they are.
+            `"reference"`, see `lightning_bcd.lifted.initialisation`; None leaves them as they are, unless a preset
+            sets them. Stages whose weight is frozen keep it.
         chunk_size: Rows per chunk of a layer's update: results differ by rounding only. Chosen by device if None.
         storage_dtype: Precision the auxiliary variables are kept in, e.g. `"bfloat16"`; that of the input if None.
         offload: Keep auxiliary variables in host memory and bring in one chunk at a time.

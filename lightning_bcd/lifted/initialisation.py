@@ -66,7 +66,7 @@ INITS: dict[str, Callable[[Stage, bool, bool, Tensor], None]] = {
 
 @torch.no_grad()
 def initialise(chain: Chain, init: str, mean: Tensor) -> None:
-    """Set the weights of a chain in place, from the global random state.
+    """Set the weights of a chain in place, from the global random state; frozen stages keep theirs.
 
     Args:
         chain: The chain.
@@ -78,4 +78,5 @@ def initialise(chain: Chain, init: str, mean: Tensor) -> None:
         mean: Mean sample of the training input.
     """
     for index, stage in enumerate(chain):
-        INITS[init](stage, index == 0, index == len(chain) - 1, mean)
+        if stage.weight.requires_grad:
+            INITS[init](stage, index == 0, index == len(chain) - 1, mean)

@@ -114,6 +114,7 @@ class TikhonovBCD(Penalised):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("nonnegative", self.nonnegative, ["exact", "project"])
+        check_choice("refit", self.refit, [True, False])
         check_choice("classifier", self.classifier, [None, "svm"])
         if isinstance(self.relaxation, str):
             check_choice("relaxation", self.relaxation, list(RELAXATIONS))
@@ -387,12 +388,18 @@ class Sweep:
             return
         problem = LeastSquares(stage.weight.shape[1], len(stage.weight), state.x.device)
         for rows in state.rows(self.algorithm.rows_per_chunk(state.x)):
-            for layer, (_, features) in enumerate(self.chain.forward(state.x[rows])):
-                if layer == len(self.hidden) - 1:
-                    problem.add(features, state.y[rows])
+            *_, (_, features), _ = self.chain.forward(state.x[rows])
+            problem.add(features, state.y[rows])
         self.comm.sum(problem.totals)
         problem.gram.diagonal().add_(self.damping)
-        new, _ = problem.solve(stage.weight, None, rho=1.0, alpha=0.0, penalty=self.penalties[-1])
+        try:
+            new, _ = problem.solve(stage.weight, None, rho=1.0, alpha=0.0, penalty=self.penalties[-1])
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                "Expected the last hidden activations of a forward pass to be finite and linearly independent for "
+                "`refit`, but they are not. Use `weight_penalty=Ridge(...)` or `damping`, or look for NaN in the data "
+                "and for layers whose activations are all zero."
+            ) from error
         stage.weight.copy_(new)
 
     def split_v(self, old: Tensor, penalty: Penalty) -> Tensor:
