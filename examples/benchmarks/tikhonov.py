@@ -6,6 +6,7 @@ one before):
 - `reference`: settings of a published re-implementation: γ = 1, θ_t = 1/t², damping 1, projected activations, dense.
 - `frozen-dense`, `frozen-chain`: hidden layers stay random; only V is fitted, as in the next rows.
 - `dense`, `chain`: `TikhonovBCD(preset="recommended")`.
+- `adam`: the dense network by Adam on the cross-entropy, learning rate 1e-3, batch 256, `--epochs` epochs.
 
 With `--svm` each is followed by a line with `classifier="svm"` at the end of the same training. Accuracies are those of
 the plain forward pass after the last sweep, seconds processor time. `--loop` solves for the activations of some images
@@ -34,7 +35,7 @@ from lightning_bcd.lifted.nonnegative import NonnegativeQuadratic
 from lightning_bcd.prox import SquaredLoss
 
 DATASETS = {"mnist": MNISTDataModule, "fashion-mnist": FashionMNISTDataModule}
-ROWS = ("reference", "frozen-dense", "frozen-chain", "dense", "chain")
+ROWS = ("reference", "frozen-dense", "frozen-chain", "dense", "chain", "adam")
 CLASSES = 10
 
 
@@ -54,14 +55,17 @@ def train(options: argparse.Namespace, row: str) -> Iterator[list[str]]:
     network = DenseReLU([x.shape[1], options.width, options.width, CLASSES], connections)
     preset: Any = "reference" if row == "reference" else "recommended"
     algorithm = TikhonovBCD(preset=preset)
-    chain, sweeps = Chain(network), 1 if frozen else options.sweeps
+    chain, sweeps = Chain(network), 1 if frozen else options.epochs if row == "adam" else options.sweeps
     algorithm.check(chain, loss)
     algorithm.initialise(chain, x, Alone())
     network.hidden.requires_grad_(not frozen)
     state = algorithm.start(chain, x, loss.encode(labels, CLASSES, x.dtype), Alone())
     start = time.process_time()
-    for _ in range(sweeps):
-        algorithm.sweep(chain, state, loss, Alone())
+    if row == "adam":
+        adam(network, x, labels, sweeps)
+    else:
+        for _ in range(sweeps):
+            algorithm.sweep(chain, state, loss, Alone())
     seconds = f"{(time.process_time() - start) / sweeps:.2f}"
 
     def line(name: str, seconds: str) -> list[str]:
@@ -71,10 +75,20 @@ def train(options: argparse.Namespace, row: str) -> Iterator[list[str]]:
         return [options.dataset, name, str(options.width), *counts, "0" if frozen else str(sweeps), *found, seconds]
 
     yield line(row, "" if frozen else seconds)
-    if options.svm:
+    if options.svm and row != "adam":
         start = time.process_time()
         TikhonovBCD(classifier="svm", svm_c=options.svm_c).finish(chain, state, Alone())
         yield line(f"{row}, SVM", f"{time.process_time() - start:.0f} for V")
+
+
+def adam(network: DenseReLU, x: Tensor, labels: Tensor, epochs: int) -> None:
+    """Train by Adam."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(256):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x[batch]), labels[batch]).backward()
+            optimizer.step()
 
 
 def loop(options: argparse.Namespace) -> list[list[str]]:
@@ -144,6 +158,7 @@ def main() -> None:
     parser.add_argument("--test-samples", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=1000)
     parser.add_argument("--sweeps", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5, help="of Adam")
     parser.add_argument("--svm", action="store_true", help="a line with an SVM as output layer for each row")
     parser.add_argument("--svm-c", type=float, default=1.0)
     parser.add_argument("--loop", action="store_true", help="time the activations one by one as well")
@@ -152,8 +167,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = [["data", "method", "width", "training images", "test images", "sweeps"]]
-    table[0] += ["training accuracy", "test accuracy", "s per sweep"]
+    table = [["data", "method", "width", "training images", "test images", "sweeps or epochs"]]
+    table[0] += ["training accuracy", "test accuracy", "s per sweep or epoch"]
     for row in options.rows:
         for line in train(options, row):
             table.append(line)
