@@ -96,7 +96,7 @@ def loop(options: argparse.Namespace) -> list[list[str]]:
     from scipy.optimize import nnls
 
     x, labels = load(options)[0]
-    width, gamma = options.width, TikhonovBCD(preset="recommended").gamma
+    width, gamma = options.width, TikhonovBCD().gamma
     torch.manual_seed(options.seed)
     w1, w2 = torch.empty(width, x.shape[1]), torch.empty(width, width)
     for w in (w1, w2):
