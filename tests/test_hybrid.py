@@ -289,14 +289,26 @@ def test_activations_may_work_in_place(activation, search):
         torch.testing.assert_close(a, b)
 
 
-def test_a_weight_that_layers_share_is_searched_by_trials():
-    net = sequential(4, 4, 4)
-    net[2].weight = net[0].weight
+class Tied(nn.Module):
+    """Two modules that share a weight."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.first, self.last, self.other = nn.Linear(4, 4), nn.Linear(4, 4), other(4, 4)
+        self.other.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.first(x).relu()) + x @ self.other.weight
+
+
+@pytest.mark.parametrize("other", [nn.Linear, nn.Embedding])
+def test_a_weight_that_modules_share_is_searched_by_trials(other):
+    net = Tied(other).double()
     closure = squared(net, inputs=4, outputs=4)
     with pytest.warns(UserWarning, match="searches coordinate by coordinate"):
         step = targets(net, closure, dw=math.inf)[0].view(-1)
     for position, t in enumerate(step.tolist()):
-        still, mine = (loss_moved(net[0].weight, position, size, closure) for size in (0.0, t))
+        still, mine = (loss_moved(net.first.weight, position, size, closure) for size in (0.0, t))
         assert mine < still
 
 

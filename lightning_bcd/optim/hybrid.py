@@ -46,7 +46,7 @@ class HybridCoordinateDescent(Optimizer):
         model: The module that the closure calls; its `nn.Linear` layers are searched by rank-1 updates of their
             output, without evaluations of the closure. It returns one tensor, whose rows the loss treats alone.
             `search="global"` sees `nn.ReLU` modules, not `F.relu`; nothing else may read what such a module reads.
-            Parameters of other modules, and weights that several layers share, are searched by evaluations.
+            Parameters of other modules, and weights that several modules share, are searched by evaluations.
         selection: `"jacobi"`: all coordinates at once. `"gauss_seidel"`: one parameter group after the other
             (one parameter after the other if there is one group), each from the point the last one reached.
             `"greedy"`: the `top_k` coordinates of largest gradient.

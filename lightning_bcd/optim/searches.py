@@ -298,7 +298,9 @@ class Recorder(TorchFunctionMode):
         wanted = [] if self._losses else list(parameters)
         sources = [*spots, *wanted]
         found = torch.autograd.grad(total, sources, allow_unused=True) if sources else ()
-        layers = _layer_searches(uses, dict(zip(spots, found, strict=False)), curvature)
+        held = [] if self._model is None else [m._parameters.values() for m in self._model.modules()]
+        owners = Counter(parameter for parameters in held for parameter in parameters if parameter is not None)
+        layers = _layer_searches(uses, dict(zip(spots, found, strict=False)), curvature, owners)
         given = zip(wanted, found[len(spots) :], strict=True) if wanted else ((p, p.grad) for p in parameters)
         gradients: dict[nn.Parameter, Tensor] = {}
         taken: set[int] = set()
@@ -378,18 +380,19 @@ class LayerSearch:
 
 
 def _layer_searches(
-    uses: Sequence[_Use], gradient: dict[Tensor, Tensor | None], curvature: dict[Tensor, Tensor]
+    uses: Sequence[_Use],
+    gradient: dict[Tensor, Tensor | None],
+    curvature: dict[Tensor, Tensor],
+    owners: Counter[nn.Parameter],
 ) -> dict[Tensor, LayerSearch]:
     searches: dict[Tensor, LayerSearch] = {}
-    layers = list(dict.fromkeys(use.layer for use in uses))
-    owners = Counter(p for layer in layers for p in layer._parameters.values() if p is not None)
-    for layer in layers:
+    for layer in dict.fromkeys(use.layer for use in uses):
         mine = [use for use in uses if use.layer is layer]
         gradients = [use.at.new_zeros(use.at.shape) if (g := gradient[use.at]) is None else g for use in mine]
         collected = ([use.x for use in mine], gradients, [curvature[use.at] for use in mine])
         x, g, h = (torch.cat([_rows(each, layer.weight) for each in tensors]) for tensors in collected)
         search = LayerSearch(layer, x, g, h, all(use.rectified for use in mine))
-        # A weight that several layers share is none of theirs; what a parametrisation holds is no weight.
+        # A weight that several modules share is none of theirs; what a parametrisation holds is no weight.
         own = (p for p in layer._parameters.values() if p is not None and owners[p] == 1)
         searches |= dict.fromkeys(own, search)
     return searches
