@@ -16,7 +16,7 @@ from lightning_bcd import BCDModule, HybridCoordinateDescent
 from lightning_bcd.optim import piecewise
 from lightning_bcd.optim.hybrid import _top
 from lightning_bcd.optim.piecewise import minimise_pieces
-from lightning_bcd.optim.searches import Recorder
+from lightning_bcd.optim.recorder import Recorder
 
 
 class Paper(nn.Module):

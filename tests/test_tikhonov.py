@@ -23,9 +23,10 @@ from lightning_bcd import (
 )
 from lightning_bcd.communicator import Alone
 from lightning_bcd.distributed.all_reduce import AllReduce
-from lightning_bcd.lifted import nonnegative, tikhonov
+from lightning_bcd.lifted import nonnegative, tikhonov, tikhonov_sweep
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.nonnegative import NonnegativeQuadratic
+from lightning_bcd.lifted.tikhonov_sweep import Sweep
 from lightning_bcd.prox import L1, Ball, Ridge, RowSparse, resolve_loss
 
 F64 = torch.float64
@@ -92,15 +93,15 @@ def test_other_algorithms_refuse_several_inputs_and_take_chains():
 
 def quadratic(algorithm, chain, state, loss):
     """H and the rows g of the problem of U, from per-sample sums written out."""
-    sweep = tikhonov.Sweep(algorithm, chain, state, loss, Alone())
+    sweep = Sweep(algorithm.numbers(chain, state), chain, state, loss, Alone())
     widths = [len(stage.weight) for stage in chain][:-1]
     offsets = np.cumsum([0, *widths])
     size, x, v = offsets[-1], state.x.numpy(), chain[-1].weight.detach().numpy()
-    hessian, rows = np.eye(size) * (sweep.pull + sweep.damping), []
+    hessian, rows = np.eye(size) * (sweep.numbers.pull + sweep.numbers.damping), []
     old = torch.cat(state.variables["u"], 1).numpy()
     for i in range(len(x)):
         a, b = [], []  # the residuals of a sample are a u + b, each weighted by √γ
-        for n, (stage, gamma) in enumerate(zip(sweep.hidden, sweep.gamma, strict=True)):
+        for n, (stage, gamma) in enumerate(zip(sweep.hidden, sweep.numbers.gamma, strict=True)):
             of_u, of_x = np.zeros((widths[n], size)), np.zeros(widths[n])
             of_u[:, offsets[n] : offsets[n + 1]] = np.eye(widths[n])
             column, weight = 0, stage.weight.detach().numpy()
@@ -115,7 +116,7 @@ def quadratic(algorithm, chain, state, loss):
             a.append(np.sqrt(gamma) * of_u)
             b.append(np.sqrt(gamma) * of_x)
         a, b = np.concatenate(a), np.concatenate(b)
-        rows.append(sweep.pull * old[i] - a.T @ b)
+        rows.append(sweep.numbers.pull * old[i] - a.T @ b)
         if i == 0:
             hessian += a.T @ a
     return torch.from_numpy(hessian), torch.from_numpy(np.stack(rows)), torch.from_numpy(v), sweep
@@ -192,7 +193,7 @@ def test_weights_solve_their_problems(loss_name, penalty):
         for u in state.variables["u"]:
             u.add_(torch.rand(u.shape, generator=torch.Generator().manual_seed(3), dtype=F64))
     old = [stage.weight.detach().clone() for stage in chain]
-    sweep = tikhonov.Sweep(algorithm, chain, state, loss, Alone())
+    sweep = Sweep(algorithm.numbers(chain, state), chain, state, loss, Alone())
     sweep.sums.add(torch.cat([x, *state.variables["u"]], 1), y)
     sweep.comm.sum(sweep.sums.totals)
     with torch.no_grad():
@@ -413,7 +414,7 @@ def test_a_sweep_factors_one_matrix_per_block(loss_name, monkeypatch):
         sizes.append(len(matrix))
         return real(matrix, *arguments, **options)
 
-    for place in (linalg, tikhonov, nonnegative):
+    for place in (linalg, tikhonov_sweep, nonnegative):
         monkeypatch.setattr(place, "factor", counting)
     x, y, loss = problem(loss=loss_name)
     algorithm = TikhonovBCD(damping=0.1, relaxation=0.5)

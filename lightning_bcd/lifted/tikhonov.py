@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,12 +27,11 @@ from torch import Tensor
 from lightning_bcd.communicator import Communicator
 from lightning_bcd.lifted.algorithm import LiftedState, Report, Schedule, check_choice, per_layer, positive, precise
 from lightning_bcd.lifted.chain import Chain
-from lightning_bcd.lifted.nonnegative import NonnegativeQuadratic
 from lightning_bcd.lifted.splitting import Penalised
-from lightning_bcd.linalg import LeastSquares, factor
+from lightning_bcd.lifted.tikhonov_sweep import Numbers, Sweep
 from lightning_bcd.prox.activations import ReLU
 from lightning_bcd.prox.losses import Loss, SquaredLoss
-from lightning_bcd.prox.penalties import Penalty, Ridge
+from lightning_bcd.prox.penalties import Ridge
 
 #: θ_t of the relaxation, by name; t = 1, 2, …
 RELAXATIONS: dict[str, Callable[[int], float]] = {"1/t^2": lambda t: t**-2, "1/t": lambda t: 1 / t}
@@ -216,10 +214,24 @@ class TikhonovBCD(Penalised):
             )
         return super().start(chain, x, y, comm, velocity)
 
+    def numbers(self, chain: Chain, state: LiftedState) -> Numbers:
+        """What the hyperparameters are in the next sweep."""
+        theta = self.theta(state.sweep + 1)
+        return Numbers(
+            theta=theta,
+            pull=(1 - theta) ** 2 if self.proximal is None else self.proximal,
+            damping=self.damping or 0.0,
+            gamma=self.weights_of_terms(state.sweep, len(chain) - 1),
+            penalties=self.weight_penalties(len(chain)),
+            project=self.nonnegative == "project",
+            iterations=self.iterations,
+            chunk_rows=self.rows_per_chunk(state.x),
+        )
+
     def sweep(self, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator) -> Report:
         """Update U, V and W once (Algorithm 1 of [1]), with `refit` U, W and V."""
         with precise(state.x.device):
-            sweep = Sweep(self, chain, state, loss, comm)
+            sweep = Sweep(self.numbers(chain, state), chain, state, loss, comm)
             if self.refit and state.fresh:
                 sweep.refit_v()
             sweep.update_u()
@@ -260,186 +272,3 @@ class TikhonovBCD(Penalised):
                 found = torch.cat([-found, found])
             weight.zero_()
             weight[torch.arange(1) if single else torch.from_numpy(svm.classes_[-len(found) :])] = found
-
-
-class Sweep:
-    """One sweep in progress: the numbers of this sweep and the sums of its pass over the samples."""
-
-    def __init__(
-        self, algorithm: TikhonovBCD, chain: Chain, state: LiftedState, loss: Loss, comm: Communicator
-    ) -> None:
-        self.algorithm, self.chain, self.state, self.loss, self.comm = algorithm, chain, state, loss, comm
-        self.theta = algorithm.theta(state.sweep + 1)
-        self.pull = (1 - self.theta) ** 2 if algorithm.proximal is None else algorithm.proximal
-        self.damping = algorithm.damping or 0.0
-        self.hidden = list(chain)[:-1]
-        self.gamma = algorithm.weights_of_terms(state.sweep, len(self.hidden))
-        self.penalties = algorithm.weight_penalties(len(chain))
-        self.squared = isinstance(loss, SquaredLoss)
-        widths = [chain[0].weight.shape[1], *(len(stage.weight) for stage in self.hidden)]
-        ends = list(accumulate(widths))
-        #: Columns of X, U_1, … in [X, U_1, … U_N].
-        self.columns = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
-        self.sums = LeastSquares(ends[-1], len(chain[-1].weight), state.x.device)
-        self.linear: list[Tensor] = []
-
-    def inputs(self, layer: int) -> Tensor:
-        """Columns of [X, U_1, …] that a hidden layer reads, in the order of its weight."""
-        sources = self.hidden[layer].sources or (layer,)
-        every = torch.arange(self.sums.gram.shape[1], device=self.sums.gram.device)
-        return torch.cat([every[self.columns[m]] for m in sources])
-
-    def rows(self, rows: slice) -> list[Tensor]:
-        """X and U_n of some samples."""
-        x = self.chain[0].prepare(self.state.x[rows])
-        return [x, *(self.state.read("u", layer, rows) for layer in range(len(self.hidden)))]
-
-    def residual_map(self) -> Tensor:
-        """The matrix E with rows (U_n − Σ U_m W_{n,m}ᵀ)_n = [X, U_1, … U_N] Eᵀ, float64."""
-        size, start = self.sums.gram.shape[1], self.columns[1].start
-        e = torch.eye(size, dtype=torch.float64, device=self.sums.gram.device)[start:]
-        for layer, stage in enumerate(self.hidden):
-            of_layer = e[self.columns[layer + 1].start - start : self.columns[layer + 1].stop - start]
-            of_layer[:, self.inputs(layer)] = -stage.weight.double()
-        return e
-
-    def update_u(self) -> None:
-        """All U: u ≥ 0 of ½ uᵀH u − gᵀu (+ R), H = BᵀΓB + (c + δ) I + VᵀV; collects the Gram matrix on the way."""
-        e, v = self.residual_map(), self.chain[-1].weight.double()
-        start, last = self.columns[1].start, self.columns[-1]
-        repeats = torch.tensor([len(stage.weight) for stage in self.hidden])
-        gamma = e.new_tensor(self.gamma).repeat_interleave(repeats.to(e.device))
-        hessian = e[:, start:].T @ (gamma[:, None] * e[:, start:])
-        hessian.diagonal().add_(self.pull + self.damping)
-        of_x = -(e[:, start:].T @ (gamma[:, None] * e[:, :start]))
-        of_last = slice(last.start - start, last.stop - start)
-        output = e.new_zeros(len(v), len(e))
-        output[:, of_last] = v
-        dtype = self.state.x.dtype
-        if self.squared:
-            hessian[of_last, of_last] += v.T @ v
-        if self.algorithm.nonnegative == "project":
-            inverse = torch.cholesky_inverse(factor(hessian, "the Hessian of hidden activations")).to(dtype)
-        elif self.squared:
-            solver = NonnegativeQuadratic(hessian, dtype)
-        else:
-            solver = NonnegativeQuadratic(hessian, dtype, loss=self.loss, output=output)
-        of_x, output = of_x.to(dtype), output.to(dtype)
-        for rows in self.state.rows(self.algorithm.rows_per_chunk(self.state.x)):
-            x, *parts = self.rows(rows)
-            y, old = self.state.y[rows], torch.cat(parts, dim=1)
-            g = torch.addmm(old, x, of_x.T, beta=self.pull)
-            if self.squared:
-                g.addmm_(y, output)
-            if self.algorithm.nonnegative == "project":
-                new = (g @ inverse).clamp_min_(0)
-            else:
-                new = solver(g, old, y, self.algorithm.iterations)
-            new = old.lerp_(new, self.theta)
-            for layer, part in enumerate(torch.split(new, [p.shape[1] for p in parts], dim=1)):
-                self.state.write("u", layer, rows, part)
-            self.sums.add(torch.cat([x, new], dim=1), y)
-        self.comm.sum(self.sums.totals)
-
-    def part(self, targets: slice | None, inputs: Tensor | slice, damping: float) -> LeastSquares:
-        """Least squares of columns of [X, U_1, …], or of Y, on others, from the Gram matrix."""
-        gram, device = self.sums.gram, self.state.x.device
-        cross = self.sums.cross[:, inputs] if targets is None else gram[targets][:, inputs]
-        block = gram[inputs][:, inputs].clone()
-        block.diagonal().add_(damping)
-        part = LeastSquares(cross.shape[1], len(cross), device, gram=block)
-        part.cross = cross.clone()
-        part.square = self.sums.square if targets is None else gram.diagonal()[targets].sum()
-        part.rounding = self.sums.rounding
-        return part
-
-    def relax(self, weight: Tensor, new: Tensor, penalty: Penalty) -> None:
-        """W ← W + θ (W* − W); back into a set that is not convex."""
-        moved = weight.lerp(new.to(weight.dtype), self.theta)
-        weight.copy_(moved if penalty.convex else penalty.prox(moved, 1.0))
-
-    def update_w(self) -> None:
-        """W_n: γ_n/2 ‖U_n − Ũ_n Wᵀ‖² + r(W), Ũ_n what layer n reads."""
-        for layer, (stage, gamma) in enumerate(zip(self.hidden, self.gamma, strict=True)):
-            targets, inputs, penalty = self.columns[layer + 1], self.inputs(layer), self.penalties[layer]
-            if stage.weight.requires_grad:
-                problem = self.part(targets, inputs, self.damping / gamma)
-                new, _ = problem.solve(stage.weight, None, rho=gamma, alpha=self.pull, penalty=penalty)
-                self.relax(stage.weight, new, penalty)
-            square = self.part(targets, inputs, 0.0).residual_square(stage.weight, None)
-            self.linear.append(gamma / 2 * square)
-
-    def update_v(self) -> None:
-        """V: R(U_N Vᵀ; Y) + r(V)."""
-        stage, penalty = self.chain[-1], self.penalties[-1]
-        if not stage.weight.requires_grad:
-            return
-        problem = self.part(None, self.columns[-1], self.damping)
-        if self.squared:
-            new, _ = problem.solve(stage.weight, None, rho=1.0, alpha=self.pull, penalty=penalty)
-        else:
-            new = self.split_v(stage.weight, penalty)
-        self.relax(stage.weight, new, penalty)
-
-    def refit_v(self) -> None:
-        """V: ½ ‖Y − F Vᵀ‖² + r(V), F the last hidden activations of a forward pass."""
-        stage, state = self.chain[-1], self.state
-        if not stage.weight.requires_grad:
-            return
-        problem = LeastSquares(stage.weight.shape[1], len(stage.weight), state.x.device)
-        for rows in state.rows(self.algorithm.rows_per_chunk(state.x)):
-            *_, (_, features), _ = self.chain.forward(state.x[rows])
-            problem.add(features, state.y[rows])
-        self.comm.sum(problem.totals)
-        problem.gram.diagonal().add_(self.damping)
-        try:
-            new, _ = problem.solve(stage.weight, None, rho=1.0, alpha=0.0, penalty=self.penalties[-1])
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                "Expected the last hidden activations of a forward pass to be finite and linearly independent for "
-                "`refit`, but they are not. Use `weight_penalty=Ridge(...)` or `damping`, or look for NaN in the data "
-                "and for layers whose activations are all zero."
-            ) from error
-        stage.weight.copy_(new)
-
-    def split_v(self, old: Tensor, penalty: Penalty) -> Tensor:
-        """V with another loss, by an alternating direction method on S = U_N Vᵀ; no worse than the old V."""
-        weight, u = old, self.state.variables["u"][-1].to(old)
-        s, slack = u @ old.T, u.new_zeros(len(u), len(old))
-        before = self.value_of_v(s, old, old, penalty)
-        problem = self.part(None, self.columns[-1], self.damping)
-        for _ in range(self.algorithm.iterations):
-            problem.cross = ((s - slack).T @ u).double()
-            self.comm.sum([problem.cross])
-            solved, _ = problem.solve(old, None, rho=1.0, alpha=self.pull, penalty=penalty, keep_factor=True)
-            weight = solved.to(old.dtype)
-            image = u @ weight.T
-            s = self.loss.prox(image + slack, 1.0, self.state.y)
-            slack = slack + image - s
-        after = self.value_of_v(u @ weight.T, weight, old, penalty)
-        return torch.where(after <= before, weight, old)
-
-    def value_of_v(self, image: Tensor, weight: Tensor, old: Tensor, penalty: Penalty) -> Tensor:
-        """The sub-problem of V."""
-        fit = self.loss.value(image, self.state.y)
-        self.comm.sum([fit])
-        near = self.pull / 2 * (weight - old).double().square().sum()
-        return fit + near + self.damping / 2 * weight.double().square().sum() + penalty.value(weight)
-
-    def report(self) -> Report:
-        """The terms of the objective after the sweep."""
-        fit = torch.zeros((), dtype=torch.float64, device=self.state.x.device)
-        for rows in self.state.rows(self.algorithm.rows_per_chunk(self.state.x)):
-            u = self.state.read("u", len(self.hidden) - 1, rows)
-            fit += self.loss.value(u @ self.chain[-1].weight.T, self.state.y[rows])
-        self.comm.sum([fit])
-        zero = torch.zeros_like(fit)
-        entries = [self.state.samples * len(stage.weight) for stage in self.hidden]
-        squares = zip(self.linear, self.gamma, entries, strict=True)
-        return Report(
-            data_fit=fit,
-            coupling=[zero] * len(self.chain),
-            linear=[*self.linear, zero],
-            penalty=list(self.algorithm.penalties_on_weights(self.chain).unbind()),
-            residuals={"linear": [*((2 * term / (gamma * n)).sqrt() for term, gamma, n in squares), zero]},
-        )

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_bcd.optim.searches import EVALUATIONS, IgnoreBackward, LayerSearch, Recorder, Search, TrialSearch
+from lightning_bcd.optim.recorder import LayerSearch, Recorder
+from lightning_bcd.optim.searches import EVALUATIONS, IgnoreBackward, Search, TrialSearch
 
 Alpha: TypeAlias = float | Literal["backtracking", "1/n"]
 Selection: TypeAlias = Literal["jacobi", "gauss_seidel", "greedy"]
