@@ -1,7 +1,8 @@
-"""Hybrid coordinate descent on a two-layer ReLU network: exact line searches along single weights, no learning rate.
+"""Hybrid coordinate descent on a two-layer ReLU network: line searches along single weights, no learning rate.
 
 The problem of arXiv 2408.01374: 10 samples on the unit sphere in 1,000 dimensions, random targets, fixed output
-weights. Every weight computes its own best value from the same point; the loss never rises.
+weights. Every weight computes its own target from the same point: the best value, or with `--search local` the vertex
+of the parabola it stands on. The loss never rises.
 """
 
 import argparse
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dw", type=float, default=1.0)
+    parser.add_argument("--search", choices=["global", "local"], default="global")
     parser.add_argument("--top-k", type=int, help="move only so many weights per epoch: those of largest gradient")
     options = parser.parse_args()
 
@@ -40,6 +42,7 @@ def main() -> None:
         model=hybrid_net,
         selection="greedy" if options.top_k else "jacobi",
         top_k=options.top_k,
+        search=options.search,
     )
     descent = torch.optim.SGD(descent_net[0].parameters(), lr=0.1)
 

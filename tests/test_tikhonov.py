@@ -392,12 +392,18 @@ def test_chunks_change_rounding_only(chunk_size):
 
 
 @pytest.mark.parametrize(
-    ("loss_name", "nonnegative"), [("squared", "exact"), ("squared", "project"), ("hinge", "exact")]
+    ("loss_name", "nonnegative", "refit"),
+    [
+        ("squared", "exact", False),
+        ("squared", "project", False),
+        ("squared", "project", True),
+        ("hinge", "exact", False),
+    ],
 )
-def test_a_sweep_takes_no_more_memory_than_announced(loss_name, nonnegative):
+def test_a_sweep_takes_no_more_memory_than_announced(loss_name, nonnegative, refit):
     widths = (40, 40, 40, 4)
     x, y, loss = problem(6000, widths, loss_name)
-    algorithm = TikhonovBCD(damping=0.1, nonnegative=nonnegative, iterations=5, chunk_size=256)
+    algorithm = TikhonovBCD(damping=0.1, nonnegative=nonnegative, refit=refit, iterations=5, chunk_size=256)
     chain, state = begin(algorithm, network(widths), x, y, loss)
     algorithm.sweep(chain, state, loss, Alone())
     with LiveBytes() as live:

@@ -28,7 +28,7 @@ from lightning_bcd.communicator import Communicator
 from lightning_bcd.lifted.algorithm import LiftedState, Report, Schedule, check_choice, per_layer, positive, precise
 from lightning_bcd.lifted.chain import Chain
 from lightning_bcd.lifted.splitting import Penalised
-from lightning_bcd.lifted.tikhonov_sweep import Numbers, Sweep
+from lightning_bcd.lifted.tikhonov_sweep import Numbers, Sweep, last_features
 from lightning_bcd.prox.activations import ReLU
 from lightning_bcd.prox.losses import Loss, SquaredLoss
 from lightning_bcd.prox.penalties import Ridge
@@ -261,12 +261,13 @@ class TikhonovBCD(Penalised):
             return
         from sklearn.svm import LinearSVC
 
-        *_, (_, features), (output, _) = chain.forward(state.x)
-        single = output.shape[1] == 1
+        chunks = state.rows(self.rows_per_chunk(state.x))
+        features, weight = torch.cat([last_features(chain, state.x[rows]) for rows in chunks]), chain[-1].weight
+        single = len(weight) == 1
         labels = (state.y[:, 0] > state.y.mean()) if single else state.y.argmax(1)
         svm = LinearSVC(C=self.svm_c, fit_intercept=False, random_state=0)
         svm.fit(features.cpu().numpy(), labels.cpu().numpy())
-        found, weight = torch.from_numpy(svm.coef_).to(output), chain[-1].weight
+        found = torch.from_numpy(svm.coef_).to(weight)
         with torch.no_grad():
             if len(found) == 1 and not single:  # two classes: one separating plane
                 found = torch.cat([-found, found])

@@ -46,6 +46,12 @@ class Numbers:
     chunk_rows: int
 
 
+def last_features(chain: Chain, x: Tensor) -> Tensor:
+    """The last hidden activations of a forward pass."""
+    *_, (_, features), _ = chain.forward(x)
+    return features
+
+
 class Sweep:
     """One sweep in progress: its numbers and the sums of its pass over the samples."""
 
@@ -162,8 +168,7 @@ class Sweep:
             return
         problem = LeastSquares(stage.weight.shape[1], len(stage.weight), state.x.device)
         for rows in state.rows(self.numbers.chunk_rows):
-            *_, (_, features), _ = self.chain.forward(state.x[rows])
-            problem.add(features, state.y[rows])
+            problem.add(last_features(self.chain, state.x[rows]), state.y[rows])
         self.comm.sum(problem.totals)
         problem.gram.diagonal().add_(self.numbers.damping)
         try:
@@ -190,7 +195,7 @@ class Sweep:
             image = u @ weight.T
             s = self.loss.prox(image + slack, 1.0, self.state.y)
             slack = slack + image - s
-        after = self.value_of_v(u @ weight.T, weight, old, penalty)
+        after = self.value_of_v(image, weight, old, penalty)
         return torch.where(after <= before, weight, old)
 
     def value_of_v(self, image: Tensor, weight: Tensor, old: Tensor, penalty: Penalty) -> Tensor:

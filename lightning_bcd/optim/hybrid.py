@@ -32,11 +32,11 @@ TRIALS = 40  # evaluations of one backtracking, at most
 
 
 class HybridCoordinateDescent(Optimizer):
-    """Gradient step on steep coordinates, exact line search on flat ones, all from one point.
+    """Gradient step on steep coordinates, line search on flat ones, all from one point.
 
     `step(closure)` needs a closure that returns the loss with its graph; whether it calls `backward` is free. The
-    closure is evaluated once per block of coordinates for the gradient, and one to three times more for α. It must
-    give the same loss for the same parameters: switch dropout off.
+    closure is evaluated once per block of coordinates for the gradient, and as a rule two or three times more for α.
+    It must give the same loss for the same parameters: switch dropout off.
 
     Args:
         params: Parameters or parameter groups; a group may set its own `dw`.
